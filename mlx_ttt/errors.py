@@ -1,0 +1,21 @@
+"""What goes wrong in a way that a user can mend. Every message is one line: what, where, what to do."""
+
+
+class TTTError(Exception):
+    """Base of all errors that the command line shows as one line with exit status 2."""
+
+
+class CheckpointError(TTTError):
+    """A checkpoint or model directory that cannot be read, or does not hold what its config says."""
+
+
+class TokenizerError(TTTError):
+    """Tokenizer files that are damaged or of a kind that cannot be represented."""
+
+
+class OutputError(TTTError):
+    """A place that cannot be written to: it exists, the disk is full, permission is denied."""
+
+
+class StateError(TTTError):
+    """A saved state that is damaged or was made by another model."""

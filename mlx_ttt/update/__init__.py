@@ -1,0 +1,104 @@
+"""The update rule of a TTT layer: pure functions of arrays.
+
+    reference.py   the definition, token by token, for tests
+    dual.py        the dual form in MLX operations, for every device
+    metal.py       the same calls bound to metal/*.metal
+
+Shapes below: B batch, T tokens, H heads, D head dimension, K mini-batch size, R row width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from . import dual
+
+Weights = tuple[mx.array, ...]
+
+
+def ttt_linear(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    t: mx.array,
+    gamma: mx.array,
+    beta: mx.array,
+    weights: Weights,
+    rows: mx.array,
+    phase: Sequence[int],
+    lengths: Sequence[int] | None = None,
+) -> tuple[mx.array, Weights, mx.array]:
+    """Read T tokens with TTT-Linear, from any phase of the open mini-batch.
+
+    Args:
+        q, k, v: the views of the tokens after RoPE, [B, T, H, D], any float dtype.
+        lr: inner learning rates, ttt_base_lr / D times the gate, [B, T, H].
+        t: token factors max(1 / (i + 1) + learnable_token_idx_i, 0), [K], float32.
+        gamma, beta: of the inner LayerNorm, [H, D], float32.
+        weights: at the start of the open mini-batch, (W1 [B, H, D, D], b1 [B, H, 1, D]), float32.
+        rows: the open mini-batch, k and e1 side by side, [B, H, K, 2D], float32; zero where not yet written.
+        phase: tokens in the open mini-batch of each sequence, 0 … K - 1.
+        lengths: how many of the T tokens count, per sequence; the others change nothing. All, by default.
+
+    Returns:
+        y = q + LN(z) [B, T, H, D] in the dtype of q, and the weights and rows after the tokens.
+
+    Raises:
+        ValueError: an argument has the wrong shape or a phase or length is out of range.
+    """
+    _check(2, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return dual.ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+
+
+def ttt_mlp(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    t: mx.array,
+    gamma: mx.array,
+    beta: mx.array,
+    weights: Weights,
+    rows: mx.array,
+    phase: Sequence[int],
+    lengths: Sequence[int] | None = None,
+) -> tuple[mx.array, Weights, mx.array]:
+    """Read T tokens with TTT-MLP. As :func:`ttt_linear`, but
+
+    weights: (W1 [B, H, D, 4D], b1 [B, H, 1, 4D], W2 [B, H, 4D, D], b2 [B, H, 1, D]);
+    rows: k, e1, x2 and e2 side by side, [B, H, K, 10D].
+    """
+    _check(10, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return dual.ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+
+
+def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
+    if q.ndim != 4:
+        raise ValueError(f"q has shape {q.shape}, expected [B, T, H, D]")
+    B, T, H, D = q.shape
+    (K,) = t.shape if t.ndim == 1 else (0,)
+    if K == 0:
+        raise ValueError(f"t has shape {t.shape}, expected [K] with K > 0")
+    hidden = D if row_parts == 2 else 4 * D
+    matrices = {"W1": (D, hidden), "b1": (1, hidden)}
+    if row_parts == 10:
+        matrices |= {"W2": (hidden, D), "b2": (1, D)}
+    if len(weights) != len(matrices):
+        raise ValueError(f"weights has {len(weights)} arrays, expected ({', '.join(matrices)})")
+    expected = {"k": (k, (B, T, H, D)), "v": (v, (B, T, H, D)), "lr": (lr, (B, T, H))}
+    expected |= {"gamma": (gamma, (H, D)), "beta": (beta, (H, D)), "rows": (rows, (B, H, K, row_parts * D))}
+    expected |= {n: (w, (B, H, *shape)) for (n, shape), w in zip(matrices.items(), weights, strict=True)}
+    for name, (array, shape) in expected.items():
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    for name in ("t", "gamma", "beta", "rows", *matrices):
+        array = t if name == "t" else expected[name][0]
+        if array.dtype != mx.float32:
+            raise ValueError(f"{name} is {array.dtype}, expected float32")
+    if len(phase) != B or not all(0 <= p < K for p in phase):
+        raise ValueError(f"phase is {list(phase)}, expected {B} integers from 0 to {K - 1}")
+    if lengths is not None and (len(lengths) != B or not all(0 <= n <= T for n in lengths)):
+        raise ValueError(f"lengths is {list(lengths)}, expected {B} integers from 0 to {T}")
