@@ -1,0 +1,187 @@
+"""What surrounds the update rule in a TTT layer: projections, convolutions, RoPE, the learning-rate gate.
+
+Parameter names are the official ones (Sun et al. 2024, arXiv 2407.04620, and its PyTorch implementation), so that
+checkpoints load as they are. Shapes: B batch, T tokens, H heads, D head dimension, C = H·D, K mini-batch size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .cache import TTTCache
+from .update import ttt_linear, ttt_mlp
+
+
+def silu(x: mx.array) -> mx.array:
+    return x * mx.sigmoid(x)
+
+
+def gelu_tanh(x: mx.array) -> mx.array:
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))
+
+
+class CausalConv1d(nn.Module):
+    """Depthwise convolution over time. weight [C, kernel, 1], bias [C]."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__()
+        scale = 1 / math.sqrt(kernel_size)
+        self.weight = mx.random.uniform(-scale, scale, (channels, kernel_size, 1))
+        self.bias = mx.zeros((channels,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x: the inputs with the kernel - 1 before them, [B, kernel - 1 + T, C]; returns [B, T, C]."""
+        kernel = self.weight.shape[1]
+        T = x.shape[1] - kernel + 1
+        # A sum of shifted products: on a CPU three times faster than MLX's grouped convolution.
+        return sum((x[:, i : i + T] * self.weight[:, i, 0] for i in range(kernel)), self.bias)
+
+
+def with_history(x: mx.array, kernel_size: int, cache: TTTCache, name: str) -> mx.array:
+    """x [B, T, C] after the kernel_size - 1 inputs before it; the cache keeps the last ones for the next call."""
+    kept = kernel_size - 1
+    if kept == 0:
+        return x
+    history = cache.history.get(name)
+    if history is None:
+        history = mx.zeros((x.shape[0], kept, x.shape[2]), x.dtype)
+    x = mx.concatenate([history.astype(x.dtype), x], axis=1)
+    cache.history[name] = mx.contiguous(x[:, -kept:])  # a copy: a view would keep all of x alive
+    return x
+
+
+class Conv(nn.Module):
+    """The convolution in front of a block (`pre_conv`): RMSNorm, then a causal depthwise convolution."""
+
+    def __init__(self, args):
+        super().__init__()
+        self.kernel_size = args.conv_kernel
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.conv = CausalConv1d(args.hidden_size, args.conv_kernel)
+
+    def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
+        return self.conv(with_history(self.norm(x), self.kernel_size, cache, "conv"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.gate_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(args.hidden_size, args.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RoPE:
+    """Rotates adjacent pairs (2m, 2m + 1) by (position mod K) · theta^(-2m / D): positions restart in every
+    mini-batch."""
+
+    def __init__(self, head_dim: int, mini_batch_size: int, theta: float):
+        frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        angle = np.arange(mini_batch_size)[:, None] * frequency  # [K, D/2]
+        self.cos, self.sin = mx.array(np.cos(angle), mx.float32), mx.array(np.sin(angle), mx.float32)
+
+    def table(self, phase: list[int], T: int) -> tuple[mx.array, mx.array]:
+        """cos and sin for T tokens from each phase, [B or 1, T, 1, D/2]."""
+        phase = phase[:1] if len(set(phase)) == 1 else phase
+        slots = (mx.array(phase)[:, None] + mx.arange(T)) % self.cos.shape[0]  # [B or 1, T]
+        return self.cos[slots][:, :, None], self.sin[slots][:, :, None]
+
+    @staticmethod
+    def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
+        """x [B, T, H, D], rotated in float32 and returned in its dtype."""
+        cos, sin = table
+        even, odd = x[..., 0::2], x[..., 1::2]  # [B, T, H, D/2]
+        pairs = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return pairs.reshape(x.shape).astype(x.dtype)
+
+
+class TTT(nn.Module):
+    """A TTT layer: its hidden state is an inner model, trained on every token it reads."""
+
+    def __init__(self, args):
+        super().__init__()
+        C, H, D, K = args.hidden_size, args.num_attention_heads, args.head_dim, args.mini_batch_size
+        self.num_heads, self.head_dim, self.mini_batch_size = H, D, K
+        self.base_lr = args.ttt_base_lr / D
+        self.update_rule = {"linear": ttt_linear, "mlp": ttt_mlp}[args.ttt_layer_type]
+        self.kernel_size = args.conv_kernel
+
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.v_proj = nn.Linear(C, C, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+        if args.share_qk:
+            self.conv_q = CausalConv1d(C, args.conv_kernel)
+            self.conv_k = CausalConv1d(C, args.conv_kernel)
+        else:
+            self.k_proj = nn.Linear(C, C, bias=False)
+        if args.use_gate:
+            self.g_proj = nn.Linear(C, C, bias=False)
+        self.rope = RoPE(D, K, args.rope_theta)
+        self.post_norm = nn.LayerNorm(C, eps=1e-6)
+
+        self.learnable_ttt_lr_weight = mx.random.normal((H, 1, C), scale=0.02)
+        self.learnable_ttt_lr_bias = mx.zeros((H, 1))
+        self.learnable_token_idx = mx.zeros((K,))
+        self.ttt_norm_weight = mx.ones((H, D))
+        self.ttt_norm_bias = mx.zeros((H, D))
+        hidden = D if args.ttt_layer_type == "linear" else 4 * D
+        self.W1 = mx.random.normal((H, D, hidden), scale=0.02)
+        self.b1 = mx.zeros((H, 1, hidden))
+        if args.ttt_layer_type == "mlp":
+            self.W2 = mx.random.normal((H, hidden, D), scale=0.02)
+            self.b2 = mx.zeros((H, 1, D))
+
+    def make_cache(self) -> TTTCache:
+        """The state before the first token of one sequence: the learned initial weights, no open rows."""
+        weights = tuple(self[name][None].astype(mx.float32) for name in ("W1", "b1", "W2", "b2") if name in self)
+        R = sum(d for W in weights[::2] for d in W.shape[-2:])
+        rows = mx.zeros((1, self.num_heads, self.mini_batch_size, R))
+        return TTTCache(weights, rows)
+
+    def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
+        """x [B, T, C]: read T tokens, whatever T is and wherever the mini-batch stands."""
+        B, T, C = x.shape
+        shape = (B, T, self.num_heads, self.head_dim)
+        q, k = self.queries_and_keys(x, cache)
+        phase = cache.phase
+        table = self.rope.table(phase, T)
+        y, cache.weights, cache.rows = self.update_rule(
+            self.rope.rotate(q.reshape(shape), table),
+            self.rope.rotate(k.reshape(shape), table),
+            self.v_proj(x).reshape(shape),
+            self.learning_rates(x),
+            self.token_factors(),
+            self.ttt_norm_weight.astype(mx.float32),
+            self.ttt_norm_bias.astype(mx.float32),
+            cache.weights,
+            cache.rows,
+            phase,
+        )
+        cache.advance(T)
+        y = self.post_norm(y.reshape(B, T, C))
+        if "g_proj" in self:
+            y = gelu_tanh(self.g_proj(x)) * y
+        return self.o_proj(y)
+
+    def queries_and_keys(self, x: mx.array, cache: TTTCache) -> tuple[mx.array, mx.array]:
+        if "k_proj" in self:
+            return self.q_proj(x), self.k_proj(x)
+        qk = with_history(self.q_proj(x), self.kernel_size, cache, "conv_qk")
+        return self.conv_q(qk), self.conv_k(qk)
+
+    def learning_rates(self, x: mx.array) -> mx.array:
+        """lr = ttt_base_lr / D · sigmoid(x · w + b), [B, T, H], float32."""
+        gate = x.astype(mx.float32) @ self.learnable_ttt_lr_weight[:, 0].T + self.learnable_ttt_lr_bias[:, 0]
+        return self.base_lr * mx.sigmoid(gate)
+
+    def token_factors(self) -> mx.array:
+        """t = max(1 / (i + 1) + learnable_token_idx_i, 0), [K], in float32: bfloat16 cannot hold 1/3."""
+        token_idx = 1 / mx.arange(1, self.mini_batch_size + 1, dtype=mx.float32)
+        return mx.maximum(token_idx + self.learnable_token_idx.astype(mx.float32), 0)

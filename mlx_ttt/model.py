@@ -1,0 +1,151 @@
+"""A TTT language model on one page, in mlx-lm's model interface."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+
+from .cache import TTTCache
+from .layers import TTT, Conv, SwiGLU
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The official configuration: its field names, its defaults.
+
+    Raises:
+        ValueError: a field is missing, ill-typed or outside what the model is defined for.
+    """
+
+    model_type: str = "ttt"
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 5504
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 32
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    ttt_layer_type: str = "linear"
+    ttt_base_lr: float = 1.0
+    mini_batch_size: int = 16
+    pre_conv: bool = False
+    share_qk: bool = False
+    use_gate: bool = False
+    conv_kernel: int = 4
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            self._check(name, int, lambda x: x > 0, "a positive integer")
+        for name in ("num_attention_heads", "mini_batch_size", "conv_kernel"):
+            self._check(name, int, lambda x: x > 0, "a positive integer")
+        for name in ("rms_norm_eps", "rope_theta", "ttt_base_lr"):
+            self._check(name, (int, float), lambda x: 0 < x < float("inf"), "a positive number")
+        for name in ("tie_word_embeddings", "pre_conv", "share_qk", "use_gate"):
+            self._check(name, bool, lambda x: True, "true or false")
+        self._check("ttt_layer_type", str, lambda x: x in ("linear", "mlp"), '"linear" or "mlp"')
+        self._check("hidden_act", str, lambda x: x == "silu", '"silu"')
+        if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads of even size"
+            )
+
+    def _check(self, name, types, holds, expected):
+        value = getattr(self, name)
+        if not isinstance(value, types) or (isinstance(value, bool) and types is not bool) or not holds(value):
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Block(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        if args.pre_conv:
+            self.conv = Conv(args)
+        self.seq_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.seq_modeling_block = TTT(args)
+        self.ffn_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp = SwiGLU(args)
+
+    def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
+        if "conv" in self:
+            x = x + self.conv(x, cache)
+        x = x + self.seq_modeling_block(self.seq_norm(x), cache)
+        return x + self.mlp(self.ffn_norm(x))
+
+
+class TTTModel(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
+        x = self.embed_tokens(inputs)
+        for layer, c in zip(self.layers, cache, strict=True):
+            c.expand(inputs.shape[0])
+            x = layer(x, c)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """Token ids [B, T] to logits [B, T, V]."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = TTTModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:
+        """Read the tokens after those that the cache has read, or from the start of a text without one.
+
+        Args:
+            inputs: token ids, [B, T], any T; each must be less than vocab_size.
+            cache: from `make_cache`; updated in place.
+
+        Returns:
+            Logits of the token after each position, [B, T, V].
+        """
+        x = self.model(inputs, self.make_cache() if cache is None else cache)
+        return self.model.embed_tokens.as_linear(x) if self.args.tie_word_embeddings else self.lm_head(x)
+
+    @property
+    def layers(self) -> list[Block]:
+        return self.model.layers
+
+    def make_cache(self) -> list[TTTCache]:
+        """The state before the first token, one cache per layer."""
+        return [layer.seq_modeling_block.make_cache() for layer in self.layers]
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Official PyTorch tensors as this model's: convolutions [C, 1, kernel] -> [C, kernel, 1], no tied lm_head."""
+        weights = dict(weights)
+        if self.args.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        for name, w in weights.items():
+            if ".conv" in name and name.endswith(".weight") and w.ndim == 3 and w.shape[1] == 1:
+                weights[name] = w.swapaxes(1, 2)
+        return weights
+
+    @property
+    def cast_predicate(self):
+        """Which parameters follow the model's dtype: all but the inner model's, which stay float32."""
+        inner = ("W1", "b1", "W2", "b2", "learnable_token_idx")
+        prefixes = ("learnable_ttt_lr_", "ttt_norm_")
+
+        def follows(path: str) -> bool:
+            name = path.rsplit(".", 1)[-1]
+            return name not in inner and not name.startswith(prefixes)
+
+        return follows
