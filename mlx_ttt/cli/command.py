@@ -1,0 +1,52 @@
+"""What all commands share."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from ..errors import TTTError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
+INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+
+
+class Command(click.Command):
+    """Shows a TTTError as one line on stderr, exit status 2, no traceback."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except TTTError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(2)
+
+
+class Progress:
+    """A progress bar on stderr, shown once there is something to wait for; silent where stderr is no terminal."""
+
+    def __init__(self, label: str, unit: str = ""):
+        self.label, self.unit, self._bar, self._done = label, unit, None, 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._bar is None:
+            if done >= total or not sys.stderr.isatty():
+                return
+            self._bar = click.progressbar(length=total, label=self.label, file=sys.stderr, show_pos=bool(self.unit))
+            self._bar.__enter__()
+        self._bar.update(done - self._done)
+        self._done = done
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+            self._bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

@@ -1,0 +1,126 @@
+"""generate: continue a text."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from pathlib import Path
+
+import click
+
+from .. import _openblas
+from ..errors import TTTError
+from .command import CONTEXT, INTERRUPTED, Command, Progress
+
+FRACTION = click.FloatRange(0, 1)
+
+
+@click.command(cls=Command, context_settings=CONTEXT)
+@click.option("--model", metavar="DIR", help="Model directory; the bundled Shakespeare model by default.")
+@click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from stdin.")
+@click.option("--prompt-file", metavar="FILE", help="A file that holds the text to continue.")
+@click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")
+@click.option("--temp", default=0.0, type=click.FloatRange(0), help="Sampling temperature; 0: the best token always.")
+@click.option("--top-p", default=1.0, type=FRACTION, help="Sample from the best tokens of this total probability.")
+@click.option("--top-k", default=0, type=click.IntRange(0), help="Sample from the K best tokens; 0: all.")
+@click.option("--min-p", default=0.0, type=FRACTION, help="Drop tokens less likely than this, relative to the best.")
+@click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; can be given several times.")
+@click.option("--num-samples", "-n", default=1, type=click.IntRange(1), help="Continue the text N times.")
+@click.option("--save-state", metavar="FILE", help="Save what was read and written, to go on from it later.")
+@click.option("--load-state", metavar="FILE", help="Go on from a saved state; --prompt comes after it, if given.")
+@click.option("--verbose", "-v", is_flag=True, help="Show speed, memory and state size on stderr.")
+def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, load_state, verbose, **sampling):
+    """Continue a text with a TTT language model.
+
+    \b
+    generate.py --prompt "ROMEO:" --temp 0.8
+    generate.py --prompt-file book.txt --max-tokens 0 --save-state book.state
+    generate.py --load-state book.state --prompt "CHAPTER II"
+    """
+    text = _prompt(prompt, prompt_file, required=load_state is None)
+    if save_state and num_samples > 1:
+        raise TTTError("--save-state saves one text: leave out --num-samples")
+    if max_tokens == 0 and not save_state:
+        raise TTTError("--max-tokens 0 only reads: add --save-state FILE to keep what was read")
+    if save_state and not Path(save_state).absolute().parent.is_dir():
+        raise TTTError(f"--save-state {save_state}: there is no such folder")
+
+    import mlx.core as mx
+    import mlx_lm.sample_utils
+
+    import mlx_ttt
+
+    if sampling["seed"] is not None:
+        mx.random.seed(sampling["seed"])
+    sampler = mlx_lm.sample_utils.make_sampler(**{name: sampling[name] for name in ("temp", "top_p", "min_p", "top_k")})
+    loaded, tokenizer = mlx_ttt.load(model)
+    state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state else None
+
+    before, clock = (len(state) if state else 0), time.perf_counter()
+    try:
+        with Progress("reading") as progress:
+            state = mlx_ttt.read(loaded, tokenizer, text, state, progress=progress)
+    except KeyboardInterrupt:
+        click.echo("interrupted while reading the prompt; nothing was saved", err=True)
+        sys.exit(INTERRUPTED)
+    if verbose:
+        _show_speed("prompt", len(state) - before, time.perf_counter() - clock)
+
+    status = 0
+    for sample in range(1, num_samples + 1 if max_tokens else 1):
+        if num_samples > 1:
+            click.echo(f"--- {sample} of {num_samples} ---")
+        continued = state if save_state else state.copy()
+        before, clock = len(continued), time.perf_counter()
+        responses = mlx_ttt.stream_generate(
+            loaded, tokenizer, state=continued, max_tokens=max_tokens, sampler=sampler, stop=sampling["stop"]
+        )
+        try:
+            with contextlib.closing(responses):
+                for response in responses:
+                    click.echo(response.text, nl=False)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        click.echo()
+        if verbose:
+            _show_speed("generation", len(continued) - before, time.perf_counter() - clock)
+        if status:
+            break
+
+    if save_state:
+        mlx_ttt.save_state(save_state, state, loaded, tokenizer)
+    if verbose:
+        click.echo(f"peak memory: {mx.get_peak_memory() / 1e6:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
+        if advice := _openblas.advice():
+            click.echo(advice, err=True)
+    sys.exit(status)
+
+
+def _show_speed(what: str, tokens: int, seconds: float) -> None:
+    click.echo(f"{what}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", err=True)
+
+
+def _prompt(prompt: str | None, prompt_file: str | None, required: bool) -> str:
+    if prompt is not None and prompt_file is not None:
+        raise TTTError("give --prompt or --prompt-file, not both")
+    if prompt_file is not None:
+        text = _read_file(Path(prompt_file))
+    elif prompt == "-":
+        text = sys.stdin.read()
+    else:
+        text = prompt or ""
+    if required and not text:
+        given = prompt is not None or prompt_file is not None
+        raise TTTError("the prompt is empty" if given else "no prompt: give --prompt TEXT, --prompt - or --prompt-file")
+    return text
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise TTTError(f"--prompt-file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TTTError(f"--prompt-file {path}: not UTF-8 text") from None
