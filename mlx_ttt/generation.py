@@ -81,7 +81,7 @@ def read(
         TokenizerError: a token id is outside the model's vocabulary.
     """
     state = TextState(model.make_cache()) if state is None else state.copy()
-    new = _encode(tokenizer, prompt, continues=len(state) > 0) if isinstance(prompt, str) else list(prompt)
+    new = encode(tokenizer, prompt, continues=len(state) > 0) if isinstance(prompt, str) else list(prompt)
     for token in new:
         if not 0 <= token < model.args.vocab_size:
             raise TokenizerError(f"token id {token} is outside the model's vocabulary of {model.args.vocab_size}")
@@ -277,7 +277,7 @@ def _sample(w: mx.array, n: int = 256) -> mx.array:
     return flat.astype(mx.float32) if mx.issubdtype(w.dtype, mx.floating) else flat
 
 
-def _encode(tokenizer, text: str, continues: bool) -> list[int]:
+def encode(tokenizer, text: str, continues: bool) -> list[int]:
     """Text to token ids: with BOS at the beginning of a text, bare in its middle."""
     if not text:
         return []

@@ -9,7 +9,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
+from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 
+from .detokenizer import SentencePieceDetokenizer
 from .errors import CheckpointError, TokenizerError
 from .model import Model, ModelArgs
 
@@ -76,11 +78,17 @@ def load_tokenizer(path: Path, config: dict):
     log = logging.getLogger("transformers.configuration_utils")
     log.addFilter(_no_warning)
     try:
-        return mlx_lm_utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = mlx_lm_utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever transformers and tokenizers make of a damaged file
         raise TokenizerError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
     finally:
         log.removeFilter(_no_warning)
+    if (path / "tokenizer.model").exists() or isinstance(tokenizer.detokenizer, SPMStreamingDetokenizer):
+        # Ours is exact for every sequence of ids: bytes of no character, control ids, leading spaces.
+        tokenizer = TokenizerWrapper(
+            tokenizer._tokenizer, SentencePieceDetokenizer, eos_token_ids=tokenizer.eos_token_ids
+        )
+    return tokenizer
 
 
 def _no_warning(record: logging.LogRecord) -> bool:

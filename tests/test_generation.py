@@ -9,8 +9,10 @@ from mlx_lm.sample_utils import make_sampler
 
 import mlx_ttt
 from mlx_ttt.errors import OutputError, StateError, TokenizerError
-from mlx_ttt.generation import fingerprint
+from mlx_ttt.generation import encode, fingerprint
 from mlx_ttt.model import Model
+
+from .checkpoint.sentencepiece_models import exact
 
 PROMPT = "ROMEO:\n"
 
@@ -285,3 +287,20 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(bundled, tmp_path, mo
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("state", b"old")]
     with pytest.raises(OutputError):
         mlx_ttt.save_state(tmp_path / "nowhere" / "state", state, model, tokenizer)
+
+
+@pytest.mark.parametrize("family", ["llama-2", "shakespeare"])
+def test_continued_text_gets_no_space_in_front(family, bundled):
+    """Llama's tokenizer puts a space in front of every text it is given; between two parts of one there is none."""
+    tokenizer = bundled[1] if family == "shakespeare" else exact(family).wrapper
+    for first, second in [
+        ("Once upon", " a time"),
+        ("Once up", "on a time"),
+        ("a\n", "b"),
+        ("a", "\nb"),
+        ("é", "é  é"),
+    ]:
+        ids = encode(tokenizer, first, continues=False)
+        more = encode(tokenizer, second, continues=True)
+        assert tokenizer.decode(ids + more, skip_special_tokens=True) == first + second
+        assert tokenizer.bos_token_id not in more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import click
@@ -21,6 +22,22 @@ class Command(click.Command):
         except TTTError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(2)
+
+
+class Interrupt:
+    """Here Ctrl-C only sets `received`, so that a loop can end between two tokens; a second one is as usual."""
+
+    def __enter__(self) -> Interrupt:
+        self.received = False
+        self._before = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def _receive(self, *_) -> None:
+        self.received = True
+        signal.signal(signal.SIGINT, self._before)
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
 
 
 class Progress:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .command import CONTEXT, Command, Progress
+
+if TYPE_CHECKING:
+    from ..checkpoint.convert import Inspection
 
 
 @click.group(context_settings=CONTEXT)
@@ -56,5 +61,26 @@ def inspect(source, config):
     """Show what SOURCE, a checkpoint or model directory, holds."""
     from ..checkpoint.convert import inspect
 
-    for line in inspect(source, config=config).lines():
-        click.echo(line)
+    found = inspect(source, config=config)
+    for name, value in _facts(found):
+        click.echo(f"{name + ':':12} {value}")
+    for problem in found.problems:
+        click.echo(f"{'problem:':12} {problem}")
+
+
+def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
+    """What there is to say of a checkpoint, line by line."""
+    yield "format", found.format
+    sizes = ", ".join(f"{nbytes / 1e6:.1f} MB {dtype}" for dtype, nbytes in found.bytes_by_dtype.items())
+    yield "weights", f"{found.parameters / 1e6:.2f} M in {found.tensors} tensors, {sizes}"
+    if args := found.args:
+        yield "model", {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type]
+        yield (
+            "size",
+            f"{args.num_hidden_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads of"
+            f" {args.head_dim}, mini-batch size {args.mini_batch_size}, vocabulary {args.vocab_size}",
+        )
+        flags = [name for name in ("pre_conv", "share_qk", "use_gate") if getattr(args, name)]
+        yield "backbone", ", ".join(flags) or "no convolutions, separate q and k, no gate"
+        yield "lm_head", "tied to the embedding" if args.tie_word_embeddings else "of its own"
+    yield "tokenizer", ", ".join(found.tokenizer_files) or "none: add one when converting, with --tokenizer FILE"

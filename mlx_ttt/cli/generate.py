@@ -11,7 +11,7 @@ import click
 
 from .. import _openblas
 from ..errors import TTTError
-from .command import CONTEXT, INTERRUPTED, Command, Progress
+from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress
 
 FRACTION = click.FloatRange(0, 1)
 
@@ -77,12 +77,12 @@ def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, lo
         responses = mlx_ttt.stream_generate(
             loaded, tokenizer, state=continued, max_tokens=max_tokens, sampler=sampler, stop=sampling["stop"]
         )
-        try:
-            with contextlib.closing(responses):
-                for response in responses:
-                    click.echo(response.text, nl=False)
-        except KeyboardInterrupt:
-            status = INTERRUPTED
+        with Interrupt() as interrupt, contextlib.closing(responses):
+            for response in responses:
+                click.echo(response.text, nl=False)
+                if interrupt.received:
+                    status = INTERRUPTED
+                    break
         click.echo()
         if verbose:
             _show_speed("generation", len(continued) - before, time.perf_counter() - clock)

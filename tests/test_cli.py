@@ -1,0 +1,245 @@
+"""The command line as a person meets it: text, errors in one line, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import mlx_ttt
+from mlx_ttt.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*args: str | Path, stdin: str | None = None):
+    return CliRunner().invoke(main, [str(arg) for arg in args], input=stdin)
+
+
+def generate(*args: str | Path, **options):
+    result = run("generate", *args, **options)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def assert_one_line(result, message: str) -> None:
+    """Exit status 2 and one line on stderr that says what is wrong."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return mlx_ttt.generate(*mlx_ttt.load(), "ROMEO:\n", max_tokens=60)
+
+
+@pytest.fixture
+def checkpoint(shakespeare_dir, tmp_path) -> Path:
+    return Path(shutil.copytree(shakespeare_dir, tmp_path / "checkpoint"))
+
+
+class TestGenerate:
+    def test_prompt(self, text):
+        assert generate("--prompt", "ROMEO:\n", "-m", 60).stdout == text + "\n"
+
+    def test_prompt_from_stdin_and_file(self, text, tmp_path):
+        (tmp_path / "prompt").write_text("ROMEO:\n")
+        assert generate("--prompt", "-", "-m", 60, stdin="ROMEO:\n").stdout == text + "\n"
+        assert generate("--prompt-file", tmp_path / "prompt", "-m", 60).stdout == text + "\n"
+
+    def test_stop(self, text):
+        assert (
+            generate("-p", "ROMEO:\n", "-m", 60, "--stop", text[30:35]).stdout == text[: text.index(text[30:35])] + "\n"
+        )
+
+    def test_samples_are_separate_and_repeatable(self):
+        arguments = ["-p", "ROMEO:\n", "-m", 20, "--temp", 0.9, "--top-p", 0.9, "--top-k", 50, "--seed", 3, "-n", 3]
+        first, second = generate(*arguments).stdout, generate(*arguments).stdout
+        samples = re.split(r"^--- \d of 3 ---$", first, flags=re.M)[1:]
+        assert first == second
+        assert len(set(samples)) == 3
+
+    def test_statistics(self):
+        shown = generate("-p", "ROMEO:\n", "-m", 20, "--verbose").stderr
+        for figure in (r"prompt: 7 tokens, [\d.]+ tokens/s", r"generation: 20 tokens, [\d.]+ tokens/s"):
+            assert re.search(figure, shown)
+        assert re.search(r"peak memory: \d+ MB, state: 0\.4\d MB", shown)
+
+    def test_save_and_resume(self, text, tmp_path):
+        state = tmp_path / "a.state"
+        first = generate("-p", "ROMEO:\n", "-m", 25, "--save-state", state).stdout
+        rest = generate("--load-state", state, "-m", 35).stdout
+        assert first[:-1] + rest == text + "\n"
+
+    def test_read_only_then_write(self, text, tmp_path):
+        state = tmp_path / "a.state"
+        assert generate("-p", "ROMEO:\n", "-m", 0, "--save-state", state).stdout == ""
+        assert generate("--load-state", state, "-m", 60).stdout == text + "\n"
+
+    def test_a_prompt_after_a_state_is_one_text(self, tmp_path):
+        state = tmp_path / "a.state"
+        generate("-p", "ROMEO:\n", "-m", 0, "--save-state", state)
+        resumed = generate("--load-state", state, "-p", "I am", "-m", 30).stdout
+        assert resumed == generate("-p", "ROMEO:\nI am", "-m", 30).stdout
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "no prompt: give --prompt"),
+            (["-p", ""], "the prompt is empty"),
+            (["-p", "a", "--prompt-file", "b"], "not both"),
+            (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
+            (["--prompt-file", sys.executable], "not UTF-8"),
+            (["--model", "nowhere", "-p", "a"], "nowhere: no such model directory"),
+            (["--model", ".", "-p", "a"], "no config.json"),
+            (["-p", "a", "-m", "0"], "--save-state FILE"),
+            (["-p", "a", "-n", "2", "--save-state", "s"], "leave out --num-samples"),
+            (["-p", "a", "--save-state", "no/such/folder/s"], "no such folder"),
+            (["--load-state", "nowhere.state"], "nowhere.state: no such file"),
+            (["--load-state", "README.md"], "README.md: the state cannot be read"),
+        ],
+    )
+    def test_bad_input(self, arguments, message, monkeypatch):
+        monkeypatch.chdir(ROOT)
+        assert_one_line(run("generate", *arguments), message)
+
+    def test_bad_options(self):
+        for option, value in [("--temp", "-1"), ("--top-p", "2"), ("--max-tokens", "x"), ("--num-samples", "0")]:
+            result = run("generate", "-p", "a", option, value)
+            assert result.exit_code == 2
+            assert option in result.stderr
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda d: (d / "config.json").write_text("{"), "config.json: cannot be read"),
+            (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
+            (lambda d: _edit_config(d, hidden_size=255), "hidden_size 255"),
+            (lambda d: _edit_config(d, num_hidden_layers=5), "model"),
+            (lambda d: _edit_config(d, vocab_size=100), "model"),
+            (lambda d: (d / "model.safetensors").unlink(), "[Nn]o safetensors"),
+            (lambda d: _truncate(d / "model.safetensors", 0.5), "model"),
+            (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer"),
+            (lambda d: [(d / f"tokenizer.{kind}").unlink() for kind in ("json", "model")], "no tokenizer"),
+        ],
+    )
+    def test_a_damaged_model_directory(self, damage, message, tmp_path):
+        model = Path(shutil.copytree(mlx_ttt.bundled_model(), tmp_path / "model"))
+        damage(model)
+        assert_one_line(run("generate", "--model", model, "-p", "a"), message)
+
+
+def _edit_config(folder: Path, **fields) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def _truncate(file: Path, part: float) -> None:
+    os.truncate(file, int(file.stat().st_size * part))
+
+
+class TestConvert:
+    def test_a_checkpoint_becomes_a_model(self, checkpoint, tmp_path, text):
+        result = run("convert", "mlx", checkpoint, tmp_path / "out", "--dtype", "float16")
+        assert result.exit_code == 0
+        assert result.stdout == f"{tmp_path / 'out'}: 3.83 M parameters, 7.8 MB\n"
+        assert result.stderr == ""
+        assert generate("--model", tmp_path / "out", "-p", "ROMEO:\n", "-m", 60).stdout == text + "\n"
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_inspect(self, checkpoint):
+        result = run("convert", "inspect", checkpoint)
+        assert result.exit_code == 0
+        for fact in ("PyTorch", "3.83 M", "TTT-Linear", "4 layers", "4 heads", "mini-batch size 16", "tokenizer.model"):
+            assert fact in result.stdout, fact
+
+    def test_inspect_a_model_directory(self):
+        result = run("convert", "inspect", mlx_ttt.bundled_model())
+        assert result.exit_code == 0
+        assert "float16" in result.stdout
+
+    @pytest.mark.parametrize(
+        ("damage", "message"),
+        [
+            (lambda d: shutil.rmtree(d), "no such file or folder"),
+            (lambda d: (d / "pytorch_model.bin").unlink(), "no weights"),
+            (lambda d: (d / "config.json").unlink(), "--config"),
+            (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "llama"),
+            (lambda d: _edit_config(d, num_hidden_layers=3), "num_hidden_layers is 3"),
+            (lambda d: _edit_config(d, intermediate_size=700), "mlp.*has shape"),
+            (lambda d: _edit_config(d, use_gate=False), "g_proj.*not in a model of this config"),
+            (lambda d: _edit_config(d, share_qk=False), "k_proj.weight.*missing"),
+            (lambda d: _truncate(d / "pytorch_model.bin", 0.7), "damaged"),
+            (lambda d: (d / "pytorch_model.bin").write_bytes(b"not a checkpoint"), "pytorch_model.bin"),
+            (lambda d: (d / "tokenizer.model").write_bytes(b"no"), "tokenizer.model"),
+        ],
+    )
+    def test_bad_input(self, checkpoint, tmp_path, damage, message):
+        damage(checkpoint)
+        before = sorted(tmp_path.iterdir())
+        assert_one_line(run("convert", "mlx", checkpoint, tmp_path / "out"), message)
+        assert sorted(tmp_path.iterdir()) == before
+
+    def test_out_that_exists(self, checkpoint, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "mine").write_text("")
+        assert_one_line(run("convert", "mlx", checkpoint, tmp_path / "out"), "--overwrite")
+        assert (tmp_path / "out" / "mine").exists()
+
+
+class TestProcess:
+    """What only a process of its own shows."""
+
+    def test_the_scripts(self):
+        for script in ("generate.py", "convert.py"):
+            result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+            assert result.returncode == 0
+            assert f"Usage: {script}" in result.stdout
+
+    def test_text_is_streamed(self):
+        """The first words arrive long before the last."""
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "generate.py", "-p", "ROMEO:\n", "-m", "400"], stdout=subprocess.PIPE
+        )
+        process.stdout.read(5)
+        first = time.monotonic()
+        process.stdout.read()
+        assert process.wait() == 0
+        assert time.monotonic() - first > 0.3
+
+    def test_ctrl_c_keeps_what_there_is(self, tmp_path):
+        """The text so far, a saved state, statistics, no traceback."""
+        state = tmp_path / "s"
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "generate.py", "-p", "ROMEO:\n", "-m", "-1", "-v", "--save-state", state],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        first = process.stdout.read(40)
+        process.send_signal(signal.SIGINT)
+        rest, messages = process.stdout.read(), process.stderr.read()
+        assert process.wait(timeout=60) == 130
+        assert "Traceback" not in messages
+        assert "generation:" in messages
+        written = (first + rest)[:-1]
+        resumed = generate("--load-state", state, "-m", 20).stdout
+        n = len(mlx_ttt.load()[1].encode(written, add_special_tokens=False))
+        whole = generate("-p", "ROMEO:\n", "-m", n + 40).stdout
+        assert whole.startswith(written + resumed[:-1])
+
+    def test_a_closed_pipe_is_no_error(self):
+        program = f"{sys.executable} {ROOT / 'generate.py'} -p ROMEO: -m 100 | head -c 5"
+        result = subprocess.run(program, shell=True, capture_output=True, text=True)
+        assert "Traceback" not in result.stderr
