@@ -1,0 +1,64 @@
+"""Converting needs the memory of a tensor or two, not of a checkpoint. The full measure is benchmarks/convert_1b.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ttt.checkpoint.parameters import Parameters
+from mlx_ttt.model import ModelArgs
+
+from .torch_format import tensor, write_torch
+
+CONFIG = {
+    "vocab_size": 1000,
+    "hidden_size": 1024,
+    "intermediate_size": 2736,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": False,
+}
+STATUS = Path("/proc/self/status")
+CONVERT = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.checkpoint.tokenizer import write_tokenizer  # what it loads is not counted
+
+def peak():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+
+before = peak()
+convert(sys.argv[1], sys.argv[2], dtype=mx.bfloat16)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not STATUS.exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_one_tensor_at_a_time(tmp_path, kind):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(CONFIG))
+    shapes = Parameters(ModelArgs.from_dict(CONFIG)).shapes()
+    if kind == "bin":
+        write_torch(source / "pytorch_model.bin", {n: tensor(np.zeros(s, np.float32)) for n, s in shapes.items()})
+    else:
+        mx.save_safetensors(str(source / "model.safetensors"), {n: mx.zeros(s) for n, s in shapes.items()})
+    assert sum(file.stat().st_size for file in source.iterdir()) > 300e6
+    result = subprocess.run(
+        [sys.executable, "-c", CONVERT, source, tmp_path / "out"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(result.stdout) * 1024 < 55e6  # the largest tensor has 11 MB
