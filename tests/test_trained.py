@@ -72,6 +72,12 @@ def test_bits_per_byte_of_a_long_text(trained, tempest, expected):
 
 
 @pytest.mark.slow
+def test_bits_per_byte_in_one_call(trained, tempest, expected):
+    model, _ = trained
+    assert bits_per_byte(model, tempest, []) == pytest.approx(expected["tempest"]["bits_per_byte"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_bits_per_byte_in_random_pieces(trained, tempest, expected):
     model, _ = trained
     rng = np.random.default_rng(0)
@@ -97,15 +103,17 @@ def test_it_learns_while_it_reads(trained, tempest, expected):
 
 
 def test_the_state_does_not_grow(trained, tempest):
+    """After 40 tokens and after 40 000."""
     model, _ = trained
+    ids = mx.concatenate([tempest, tempest], axis=1)[:, :40_000]
     cache, sizes, memory = model.make_cache(), [], []
-    for start, end in [(0, 40), *((n, n + 1000) for n in range(40, tempest.shape[1], 1000))]:
-        model(tempest[:, start:end], cache=cache)
+    for start, end in itertools.pairwise([0, 40, *range(1000, 40_001, 1000)]):
+        model(ids[:, start:end], cache=cache)
         mx.eval([c.state for c in cache])
         mx.clear_cache()
         sizes.append(sum(c.nbytes for c in cache))
         memory.append(mx.get_active_memory())
-    assert cache[0].offset[0] > 38_000
+    assert cache[0].offset == [40_000]
     assert len(set(sizes)) == 1
     assert max(memory) - min(memory) < 1e5
 

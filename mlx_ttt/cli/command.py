@@ -41,21 +41,19 @@ class Interrupt:
 
 
 class Progress:
-    """A progress bar on stderr, shown once there is something to wait for; silent where stderr is no terminal."""
+    """A progress bar on stderr; silent where stderr is no terminal or there is little to wait for."""
 
-    def __init__(self, label: str, unit: str = ""):
-        self.label, self.unit, self._bar, self._done = label, unit, None, 0
+    def __init__(self, label: str, at_least: int = 1):
+        self.label, self.at_least, self._bar, self._done = label, at_least, None, 0
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
-            if done >= total or not sys.stderr.isatty():
+            if total < self.at_least or not sys.stderr.isatty():
                 return
-            self._bar = click.progressbar(length=total, label=self.label, file=sys.stderr, show_pos=bool(self.unit))
+            self._bar = click.progressbar(length=total, label=self.label, file=sys.stderr)
             self._bar.__enter__()
         self._bar.update(done - self._done)
         self._done = done
-        if done >= total:
-            self.close()
 
     def close(self) -> None:
         if self._bar is not None:

@@ -6,12 +6,16 @@ import contextlib
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .. import _openblas
 from ..errors import TTTError
 from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress
+
+if TYPE_CHECKING:
+    from ..generation import TextState
 
 FRACTION = click.FloatRange(0, 1)
 
@@ -48,45 +52,25 @@ def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, lo
         raise TTTError(f"--save-state {save_state}: there is no such folder")
 
     import mlx.core as mx
-    import mlx_lm.sample_utils
+    from mlx_lm.sample_utils import make_sampler
 
     import mlx_ttt
 
-    if sampling["seed"] is not None:
-        mx.random.seed(sampling["seed"])
-    sampler = mlx_lm.sample_utils.make_sampler(**{name: sampling[name] for name in ("temp", "top_p", "min_p", "top_k")})
+    seed, stop = sampling.pop("seed"), sampling.pop("stop")
+    if seed is not None:
+        mx.random.seed(seed)
+    options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
     loaded, tokenizer = mlx_ttt.load(model)
     state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state else None
+    state = _read(loaded, tokenizer, text, state, verbose)
 
-    before, clock = (len(state) if state else 0), time.perf_counter()
-    try:
-        with Progress("reading") as progress:
-            state = mlx_ttt.read(loaded, tokenizer, text, state, progress=progress)
-    except KeyboardInterrupt:
-        click.echo("interrupted while reading the prompt; nothing was saved", err=True)
-        sys.exit(INTERRUPTED)
-    if verbose:
-        _show_speed("prompt", len(state) - before, time.perf_counter() - clock)
-
-    status = 0
+    interrupted = False
     for sample in range(1, num_samples + 1 if max_tokens else 1):
         if num_samples > 1:
             click.echo(f"--- {sample} of {num_samples} ---")
         continued = state if save_state else state.copy()
-        before, clock = len(continued), time.perf_counter()
-        responses = mlx_ttt.stream_generate(
-            loaded, tokenizer, state=continued, max_tokens=max_tokens, sampler=sampler, stop=sampling["stop"]
-        )
-        with Interrupt() as interrupt, contextlib.closing(responses):
-            for response in responses:
-                click.echo(response.text, nl=False)
-                if interrupt.received:
-                    status = INTERRUPTED
-                    break
-        click.echo()
-        if verbose:
-            _show_speed("generation", len(continued) - before, time.perf_counter() - clock)
-        if status:
+        interrupted = _write(loaded, tokenizer, continued, options, verbose)
+        if interrupted:
             break
 
     if save_state:
@@ -95,7 +79,39 @@ def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, lo
         click.echo(f"peak memory: {mx.get_peak_memory() / 1e6:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
         if advice := _openblas.advice():
             click.echo(advice, err=True)
-    sys.exit(status)
+    sys.exit(INTERRUPTED if interrupted else 0)
+
+
+def _read(model, tokenizer, text: str, state: TextState | None, verbose: bool) -> TextState:
+    from ..generation import read
+
+    before, start = len(state) if state else 0, time.perf_counter()
+    try:
+        with Progress("reading", at_least=4096) as progress:
+            state = read(model, tokenizer, text, state, progress=progress)
+    except KeyboardInterrupt:
+        click.echo("interrupted while reading the prompt; nothing was saved", err=True)
+        sys.exit(INTERRUPTED)
+    if verbose:
+        _show_speed("prompt", len(state) - before, time.perf_counter() - start)
+    return state
+
+
+def _write(model, tokenizer, state: TextState, options: dict, verbose: bool) -> bool:
+    """Stream a continuation to stdout; says whether Ctrl-C ended it."""
+    from ..generation import stream_generate
+
+    before, start = len(state), time.perf_counter()
+    responses = stream_generate(model, tokenizer, state=state, **options)
+    with Interrupt() as interrupt, contextlib.closing(responses):
+        for response in responses:
+            click.echo(response.text, nl=False)
+            if interrupt.received:
+                break
+    click.echo()
+    if verbose:
+        _show_speed("generation", len(state) - before, time.perf_counter() - start)
+    return interrupt.received
 
 
 def _show_speed(what: str, tokens: int, seconds: float) -> None:
@@ -103,12 +119,13 @@ def _show_speed(what: str, tokens: int, seconds: float) -> None:
 
 
 def _prompt(prompt: str | None, prompt_file: str | None, required: bool) -> str:
+    """The prompt as it is, byte for byte."""
     if prompt is not None and prompt_file is not None:
         raise TTTError("give --prompt or --prompt-file, not both")
     if prompt_file is not None:
-        text = _read_file(Path(prompt_file))
+        text = _decode(_bytes(Path(prompt_file)), f"--prompt-file {prompt_file}")
     elif prompt == "-":
-        text = sys.stdin.read()
+        text = _decode(sys.stdin.buffer.read(), "--prompt -")
     else:
         text = prompt or ""
     if required and not text:
@@ -117,10 +134,15 @@ def _prompt(prompt: str | None, prompt_file: str | None, required: bool) -> str:
     return text
 
 
-def _read_file(path: Path) -> str:
+def _bytes(path: Path) -> bytes:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes()
     except OSError as error:
         raise TTTError(f"--prompt-file {path}: {error.strerror}") from None
+
+
+def _decode(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError:
-        raise TTTError(f"--prompt-file {path}: not UTF-8 text") from None
+        raise TTTError(f"{where}: not UTF-8 text") from None
