@@ -34,6 +34,16 @@ def test_what_mlx_lm_generates(bundled, text):
     assert mlx_lm.generate(*bundled, PROMPT, max_tokens=200) == text
 
 
+def test_mlx_lm_loads_a_model_directory(bundled, text):
+    """By its own loader, in the weights' own half precision."""
+    import mlx_lm
+
+    model, tokenizer = mlx_lm.load(str(mlx_ttt.bundled_model()))
+    assert model.model.norm.weight.dtype == mx.float16
+    assert tokenizer.encode(PROMPT) == bundled[1].encode(PROMPT)
+    assert text.startswith(mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=12))
+
+
 def test_responses_count_and_measure(bundled):
     responses = list(mlx_ttt.stream_generate(*bundled, PROMPT, max_tokens=5))
     assert [r.generation_tokens for r in responses] == [1, 2, 3, 4, 5]
