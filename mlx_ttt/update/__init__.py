@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from . import dual
+from . import dual, metal
 
 Weights = tuple[mx.array, ...]
 
@@ -50,7 +50,7 @@ def ttt_linear(
         ValueError: an argument has the wrong shape or a phase or length is out of range.
     """
     _check(2, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
-    return dual.ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend().ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
 def ttt_mlp(
@@ -72,7 +72,11 @@ def ttt_mlp(
     rows: k, e1, x2 and e2 side by side, [B, H, K, 10D].
     """
     _check(10, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
-    return dual.ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend().ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+
+
+def _backend():
+    return metal if metal.available() else dual
 
 
 def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):

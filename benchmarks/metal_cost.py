@@ -1,0 +1,161 @@
+"""What the Metal kernels cost, counted on the host harness: writes the table of metal/README.md.
+
+    python -m benchmarks.metal_cost [--check]
+
+Counted are the distinct bytes that each threadgroup loads and stores between two barriers, so a value that many threads
+read at once counts once, and one that is read again in another stage counts again, whether or not a cache has it. The
+least possible is each input, the state once in and once out, and each output, once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_ttt.update import metal
+from tests.metal_host import HostKernel
+from tests.metal_host.kernel import Stats
+
+README = Path(__file__).parents[1] / "metal" / "README.md"
+BEGIN, END = "<!-- begin: python -m benchmarks.metal_cost -->", "<!-- end -->"
+
+K = 16
+PREFILL = 512  # tokens
+PHASE = 8  # the open rows that a step meets, on average
+DTYPE = mx.bfloat16
+LAYERS = 24
+HEADS = {64: 32, 96: 16}  # of the 1.3B and of the 760M model
+# float32 TFLOPS, GB/s
+CHIPS = {"M1": (2.6, 68), "M4 Pro": (9.2, 273), "M4 Max": (18.4, 546)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one head: bytes and multiplies per token, and what they are at least."""
+
+    model: str
+    form: str
+    D: int
+    bytes: float
+    least_bytes: float
+    multiplies: float  # 8 x 8 x 8
+    least_multiplies: float
+    barriers: int  # per mini-batch, or per token in a step
+    threadgroup_memory: int
+
+    def microseconds(self, chip: str) -> tuple[float, str]:
+        """Roofline of one token in all layers and heads, and what bounds it."""
+        tflops, gigabytes = CHIPS[chip]
+        of_all = LAYERS * HEADS[self.D]
+        bounds = {
+            "arithmetic": 2 * _multiply_adds(self) * of_all / tflops / 1e6,
+            "bandwidth": self.bytes * of_all / gigabytes / 1e3,
+        }
+        bound = max(bounds, key=bounds.get)
+        return bounds[bound], bound
+
+
+def _multiply_adds(cost: Cost) -> float:
+    """A step computes without tiles: k, q times every matrix, and e2 W2^T."""
+    if cost.form == "chunk":
+        return 512 * cost.multiplies
+    return (2 if cost.model == "linear" else 20) * cost.D**2
+
+
+def measure(model: str, form: str, D: int) -> Cost:
+    """Run one head on the harness."""
+    if form == "step":
+        stats, least = run(model, form, D, 1, PHASE), least_bytes(model, D, 1, PHASE)
+        return Cost(model, form, D, moved(stats), least, 0, 0, stats.barriers_per_thread, stats.threadgroup_memory)
+    stats, shorter = run(model, form, D, PREFILL, 0), run(model, form, D, PREFILL - K, 0)
+    return Cost(
+        model,
+        form,
+        D,
+        moved(stats) / PREFILL,
+        least_bytes(model, D, PREFILL, 0) / PREFILL,
+        (stats.multiplies - shorter.multiplies) / K,
+        least_multiplies(model, D) / K,
+        stats.barriers_per_thread - shorter.barriers_per_thread,
+        stats.threadgroup_memory,
+    )
+
+
+def run(model: str, form: str, D: int, tokens: int, phase: int) -> Stats:
+    variant = metal._Variant(model, form, D, K, DTYPE)
+    q, k, v, lr, *others = metal._tiny_arrays(variant, heads=1)
+    arrays = [mx.repeat(x, tokens, axis=1) for x in (q, k, v, lr)]
+    kernel, call = metal._call(variant, 1, [*arrays, *others], [phase], [tokens])
+    _, stats = HostKernel.from_mlx(kernel, **call).run()
+    return stats
+
+
+def moved(stats: Stats) -> int:
+    """Bytes from and to the arrays of the call, without the few that describe their shapes."""
+    shapes = sum(x.fetched for name, x in stats.buffers.items() if name.endswith("_shape"))
+    return stats.device_fetched + stats.device_stored - shapes
+
+
+def least_bytes(model: str, D: int, tokens: int, phase: int) -> int:
+    """Each input and output once; a step only reads the weights, and of the rows those that are written."""
+    size, hidden = DTYPE.size, D if model == "linear" else 4 * D
+    weights = D * hidden + hidden + (hidden * D + D if model == "mlp" else 0)
+    row = 2 * D if model == "linear" else 10 * D
+    floats = 2 * D + (2 * weights + (phase + K) * row + K if tokens > 1 else weights + (phase + 1) * row + 1)
+    integers = 2 if tokens > 1 else 1  # phase, length
+    return tokens * (4 * D + 1) * size + 4 * floats + 4 * integers
+
+
+def least_multiplies(model: str, D: int) -> int:
+    """8 x 8 x 8 products of one mini-batch in the dual form, counting of the K x K products only the causal tiles."""
+    rows, causal = K // 8, K // 8 * (K // 8 + 1) // 2
+    d = D // 8
+    if model == "linear":
+        return 3 * rows * d * d + 2 * causal * d
+    return 7 * rows * d * 4 * d + 2 * causal * (d + 4 * d)
+
+
+def table(costs: list[Cost]) -> str:
+    head = ["kernel", "D", "bytes", "of the least", "barriers", "multiplies of the least", "threadgroup memory", *CHIPS]
+    return "\n".join([_line(head), _line(["---"] * len(head)), *map(row, costs)])
+
+
+def row(cost: Cost) -> str:
+    return _line(
+        [
+            f"`{cost.model}_{cost.form}`",
+            f"{cost.D}",
+            f"{cost.bytes:,.0f}",
+            f"{cost.bytes / cost.least_bytes:.2f}",
+            f"{cost.barriers}",
+            f"{cost.multiplies / cost.least_multiplies:.2f}" if cost.multiplies else "",
+            f"{cost.threadgroup_memory:,} B",
+            *(f"{time:,.1f} µs ({bound})" for time, bound in map(cost.microseconds, CHIPS)),
+        ]
+    )
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README's table is another")
+    check = parser.parse_args().check
+    costs = [measure(model, form, D) for model in ("linear", "mlp") for form in ("chunk", "step") for D in HEADS]
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n{table(costs)}\n{END}{after}"
+    if check and new != text:
+        raise SystemExit("metal/README.md: the cost table is out of date: run python -m benchmarks.metal_cost")
+    README.write_text(new, encoding="utf-8")
+    print(table(costs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,373 @@
+// TTT-Linear, f(x) = x W1 + b1: the dual form of the update rule, one launch for all tokens of a call.
+//
+// ttt::linear_chunk reads any number of tokens from any phase of the open mini-batch; ttt::linear_step reads one
+// token that does not complete its mini-batch. Both are function templates: README.md shows the few lines of kernel
+// around them.
+//
+// Field terms: H heads, D head dimension, K mini-batch size, T tokens of the call; i and j run over a mini-batch.
+//     g_j = gradient of |LN(k_j W1 + b1) - (v_j - k_j)|^2 / 2,     e_j = lr_j g_j
+//     z_i = q_i W1 + b1 - t_i sum_{j<=i} (q_i . k_j + 1) e_j,      y_i = q_i + LN(z_i)
+//     after the last token of a mini-batch:  W1 -= t_{K-1} sum_j k_j^T e_j,  b1 -= t_{K-1} sum_j e_j
+// The rows (k_j | e_j) of a mini-batch that is still open are part of the state.
+#include "ttt.h"
+
+namespace ttt {
+
+// ---- Chunk form ---------------------------------------------------------------------------------------------------
+//
+// One threadgroup per sequence and head; each simdgroup owns 8 * TILES columns. It keeps its columns of W1 and b1 in
+// registers from the first token to the last, and with them its columns of z, e and y: only q, k, the causal weights
+// and the sums of the LayerNorms pass through threadgroup memory.
+//
+// Two barriers a mini-batch, and there cannot be fewer: the LayerNorm of k W1 + b1 needs all columns, and the
+// LayerNorm of z needs all columns of something that depends on it. The two exchanges carry everything else along:
+// the causal weights go with the first, the next mini-batch's q and k with the second. For that, k is held twice;
+// where 32 KB do not allow it (K > 24 at D = 64, K > 16 at D = 96, K > 8 at D = 128), once, at the cost of a third
+// barrier.
+//
+// Registers of a thread at D = 64, K = 16, TILES = 1: W1 16, b1 2, e 4, z 4, q 4, v 4, gamma and beta 4, t 3, the
+// next mini-batch's k and q 9, operand tiles 6, addresses and counters about 16: 72 of the 128 that a threadgroup of
+// 256 may have. At D = 96 (384 threads) 80 of 128, at D = 128 (512 threads) 88 of 96.
+
+template <int D, int K, int TILES>
+struct LinearChunk {
+  TTT_CONST int SIMDGROUPS = D / (8 * TILES);
+  TTT_CONST int THREADS = 32 * SIMDGROUPS;
+  TTT_CONST int BLOCKS = (K + 7) / 8;  // tiles that the tokens of a mini-batch fill
+  TTT_CONST int ROWS = 8 * BLOCKS;
+
+  TTT_CONST int VIEW = ROWS * (D + 4);                      // floats of [ROWS, D]
+  TTT_CONST int TRIANGLE = 64 * BLOCKS * (BLOCKS + 1) / 2;  // floats of [ROWS, ROWS] up to the diagonal
+  TTT_CONST int K_SUMS = ROWS * SIMDGROUPS * GRADIENT_SUMS;
+  TTT_CONST int Q_SUMS = ROWS * SIMDGROUPS * NORM_SUMS;
+  TTT_CONST int LEFT = 32768 / 4 - TRIANGLE - K_SUMS - Q_SUMS;
+  TTT_CONST bool Q_STAGED = 2 * VIEW <= LEFT;  // if not, every simdgroup reads q from the device's cache
+  TTT_CONST bool K_TWICE = 3 * VIEW <= LEFT;
+  TTT_CONST int MEMORY = TRIANGLE + K_SUMS + Q_SUMS + VIEW * (1 + Q_STAGED + K_TWICE);
+
+  typedef Staging<D, ROWS, THREADS, Q_STAGED> Next;
+};
+
+// q, k, v, y [B, T, H, D]; lr [B, T, H]; t [K]; gamma, beta [H, D]; W1 [B, H, D, D]; b1 [B, H, 1, D];
+// rows [B, H, K, 2D]; phase, length [B]. One threadgroup of LinearChunk::THREADS for each (head, sequence);
+// memory holds LinearChunk::MEMORY floats.
+template <int D, int K, int TILES, typename T, typename LR, typename TF, typename I>
+METAL_FUNC void linear_chunk(
+    const device T* q, const device T* k, const device T* v, LR lr, TF t,
+    const device float* gamma, const device float* beta,
+    const device float* W1, const device float* b1, const device float* rows, I phase, I length,
+    device T* y, device float* W1_out, device float* b1_out, device float* rows_out,
+    int tokens, int H, threadgroup float* memory, uint3 group, uint thread_index, uint simdgroup, uint lane_index) {
+  typedef LinearChunk<D, K, TILES> Chunk;
+  constexpr int BLOCKS = Chunk::BLOCKS, S = Chunk::SIMDGROUPS, STRIDE = D + 4;
+  const Lane lane = lane_of(lane_index);
+  const int head = group.x, sequence = group.y;
+  const int first_column = simdgroup * 8 * TILES;  // of this simdgroup
+  const int column = first_column + lane.col;      // of this lane, in the first of its tiles
+
+  threadgroup float* weights = memory;                        // -t_i (q_i . k_j + 1), a packed triangle
+  threadgroup float* k_sums = weights + Chunk::TRIANGLE;      // [ROWS, S, GRADIENT_SUMS]
+  threadgroup float* q_sums = k_sums + Chunk::K_SUMS;         // [ROWS, S, NORM_SUMS]
+  threadgroup float* ks = q_sums + Chunk::Q_SUMS;             // [ROWS, D], of this mini-batch
+  threadgroup float* ks_next = Chunk::K_TWICE ? ks + Chunk::VIEW : ks;
+  threadgroup float* qs = ks_next + Chunk::VIEW;              // [ROWS, D]
+
+  const size_t token_stride = size_t(H) * D;
+  const size_t tokens_at = (size_t(sequence) * tokens * H + head) * D;
+  const size_t head_at = size_t(sequence) * H + head;
+  q += tokens_at;
+  k += tokens_at;
+  v += tokens_at;
+  y += tokens_at;
+  lr += size_t(sequence) * tokens * H + head;
+  gamma += head * D;
+  beta += head * D;
+  W1 += head_at * D * D + first_column;
+  W1_out += head_at * D * D + first_column;
+  b1 += head_at * D;
+  b1_out += head_at * D;
+  rows += head_at * K * 2 * D;
+  rows_out += head_at * K * 2 * D;
+
+  const int n = length[sequence];
+  Span span = span_at(-int(phase[sequence]), n, K);
+  typename Chunk::Next next;
+  next.fetch(q, k, lr, H, rows, 2 * D, span, thread_index);
+
+  Tile W[D / 8][TILES], bias[TILES];  // every row of a bias tile is b1
+  float2 scale[TILES], shift[TILES];  // gamma and beta
+  TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+    TTT_UNROLL for (int d = 0; d < D / 8; ++d) W[d][c] = load_tile(W1 + d * 8 * D + 8 * c, D);
+    bias[c] = tile_of(pair_at(b1 + column + 8 * c));
+    scale[c] = pair_at(gamma + column + 8 * c);
+    shift[c] = pair_at(beta + column + 8 * c);
+  }
+  float t_row[BLOCKS];
+  TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) t_row[r] = 8 * r + lane.row < K ? t[8 * r + lane.row] : 0.0f;
+  const float t_last = t[K - 1];
+  for (int i = thread_index; i < (tokens - n) * D; i += Chunk::THREADS) y[(n + i / D) * token_stride + i % D] = T(0.0f);
+
+  next.put(ks, qs, thread_index);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  while (true) {
+    const bool is_last = span.start + K >= n, commits = span.count == K;
+
+    float2 v_own[BLOCKS][TILES], q_own[BLOCKS][TILES];
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      const int row = 8 * r + lane.row;
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+        const int at = column + 8 * c;
+        v_own[r][c] = token_pair(v + at, token_stride, span, row);
+        if (Chunk::Q_STAGED) q_own[r][c] = pair_at(qs + row * STRIDE + at);
+        else q_own[r][c] = token_pair(q + at, token_stride, span, row);
+      }
+    }
+
+    // k W1 + b1 and q W1 + b1, in this simdgroup's columns.
+    Tile zk[BLOCKS][TILES], zq[BLOCKS][TILES];
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+        zk[r][c] = bias[c];
+        zq[r][c] = bias[c];
+      }
+      TTT_UNROLL for (int d = 0; d < D / 8; ++d) {
+        Tile k_tile = load_tile(ks + 8 * r * STRIDE + 8 * d, STRIDE), q_tile;
+        if (Chunk::Q_STAGED) q_tile = load_tile(qs + 8 * r * STRIDE + 8 * d, STRIDE);
+        else q_tile = tile_of(token_pair(q + 8 * d + lane.col, token_stride, span, 8 * r + lane.row));
+        TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+          multiply_add(zk[r][c], k_tile, W[d][c]);
+          multiply_add(zq[r][c], q_tile, W[d][c]);
+        }
+      }
+    }
+
+    // First exchange: the sums of the LayerNorm's gradient, and the causal weights, whose tiles are dealt out.
+    float2 w[BLOCKS][TILES];
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      const int row = 8 * r + lane.row;
+      float2 z[TILES];
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+        const float2 target = v_own[r][c] - pair_at(ks + row * STRIDE + column + 8 * c);
+        w[r][c] = scale[c] * (shift[c] - target);
+        z[c] = pair(zk[r][c]);
+      }
+      put_gradient_sums<TILES>(k_sums + (row * S + simdgroup) * GRADIENT_SUMS, z, w[r], scale, lane);
+    }
+    int tile = 0;
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      TTT_UNROLL for (int c = 0; c < BLOCKS; ++c) {
+        if (c > r || tile++ % S != int(simdgroup)) continue;
+        Tile dots = filled(0);
+        TTT_UNROLL for (int d = 0; d < D / 8; ++d) {
+          Tile k_tile = load_transposed(ks + 8 * c * STRIDE + 8 * d, STRIDE), q_tile;
+          if (Chunk::Q_STAGED) q_tile = load_tile(qs + 8 * r * STRIDE + 8 * d, STRIDE);
+          else q_tile = tile_of(token_pair(q + 8 * d + lane.col, token_stride, span, 8 * r + lane.row));
+          multiply_add(dots, q_tile, k_tile);
+        }
+        store_tile(causal_weights(dots, t_row[r], r, c, lane), weights + triangle_at(r, c), 8);
+      }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    const Span next_span = span_at(span.start + K, n, K);
+    if (!is_last) next.fetch(q, k, lr, H, rows, 2 * D, next_span, thread_index);
+
+    // e takes the place of k W1 + b1.
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      const int row = 8 * r + lane.row;
+      const NormGradient norm = merge_gradient<D, S>(k_sums + row * S * GRADIENT_SUMS, lane);
+      const float lr_row = ks[row * STRIDE + D];
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+        float2 e = float2(0.0f);
+        if (is_new(span, row)) e = lr_row * gradient(norm, pair(zk[r][c]), w[r][c], scale[c]);
+        else if (row < span.first) e = pair_at(rows + row * 2 * D + D + column + 8 * c);
+        zk[r][c] = tile_of(e);
+        if (is_last && row < K) {
+          put_pair(rows_out + row * 2 * D + D + column + 8 * c, commits ? float2(0.0f) : e);
+        }
+      }
+    }
+
+    // Second exchange: the sums of z's LayerNorm, and the next mini-batch.
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      float2 z[TILES];
+      TTT_UNROLL for (int j = 0; j < BLOCKS; ++j) {
+        if (j > r) continue;
+        Tile weight = load_tile(weights + triangle_at(r, j), 8);
+        TTT_UNROLL for (int c = 0; c < TILES; ++c) multiply_add(zq[r][c], weight, zk[j][c]);
+      }
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) z[c] = pair(zq[r][c]);
+      put_norm_sums<TILES>(q_sums + ((8 * r + lane.row) * S + simdgroup) * NORM_SUMS, z, lane);
+    }
+    if (commits) {
+      Tile ones = filled(1);
+      TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+        Tile step[TILES];
+        TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+          step[c] = tile_of(-t_last * pair(zk[r][c]));
+          multiply_add(bias[c], ones, step[c]);
+        }
+        TTT_UNROLL for (int d = 0; d < D / 8; ++d) {
+          Tile k_tile = load_transposed(ks + 8 * r * STRIDE + 8 * d, STRIDE);
+          TTT_UNROLL for (int c = 0; c < TILES; ++c) multiply_add(W[d][c], k_tile, step[c]);
+        }
+      }
+    }
+    if (is_last) {
+      for (int i = thread_index; i < K * D; i += Chunk::THREADS) {
+        const int row = i / D, col = i % D;
+        rows_out[row * 2 * D + col] = commits ? 0.0f : ks[row * STRIDE + col];
+      }
+    } else if (Chunk::K_TWICE) {
+      next.put(ks_next, qs, thread_index);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+      const int row = 8 * r + lane.row;
+      const Norm norm = merge_norm<D, S, NORM_SUMS>(q_sums + row * S * NORM_SUMS, lane);
+      TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+        if (!is_new(span, row)) continue;
+        const float2 out = q_own[r][c] + scale[c] * normalized(norm, pair(zq[r][c])) + shift[c];
+        put_pair(y + (span.start + row) * token_stride + column + 8 * c, out);
+      }
+    }
+    if (is_last) break;
+
+    if (Chunk::K_TWICE) {
+      threadgroup float* spare = ks;
+      ks = ks_next;
+      ks_next = spare;
+    } else {
+      next.put(ks, qs, thread_index);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    span = next_span;
+  }
+
+  TTT_UNROLL for (int c = 0; c < TILES; ++c) {
+    TTT_UNROLL for (int d = 0; d < D / 8; ++d) store_tile(W[d][c], W1_out + d * 8 * D + 8 * c, D);
+    if (lane.row == 0) put_pair(b1_out + column + 8 * c, pair(bias[c]));
+  }
+}
+
+// ---- Step form ----------------------------------------------------------------------------------------------------
+//
+// One token: W1 is read once and nothing of it is written, so the time is that of reading 4 D^2 bytes per head, and
+// everything is arranged around having those reads under way at once. Each simdgroup takes 8 * TILES rows of W1 and
+// every S-th open row into registers before the first barrier. After it, it adds up what they contribute to k W1, q
+// W1 and the causal sum; after the second one, the first simdgroup merges the contributions and finishes the token
+// alone.
+//
+// Registers of a thread at D = 64, K = 16, TILES = 1: W1 16, open rows 8, sums 4, vectors of the token 14, addresses
+// and counters about 16: 58 of 128. At D = 128 (512 threads): 32, 8, 8, 28 and 16, 92 of 96.
+
+template <int D, int K, int TILES>
+struct LinearStep {
+  TTT_CONST int SIMDGROUPS = D / (8 * TILES);
+  TTT_CONST int THREADS = 32 * SIMDGROUPS;
+  TTT_CONST int W_ROWS = 8 * TILES;                                // of W1, in one simdgroup
+  TTT_CONST int OPEN_ROWS = (K + SIMDGROUPS - 1) / SIMDGROUPS;      // at most, in one simdgroup
+  TTT_CONST int MEMORY = 2 * D + 2 * SIMDGROUPS * D;
+};
+
+// As above with T = 1, and phase < K - 1; row [B, H, 1, 2D].
+template <int D, int K, int TILES, typename T, typename LR, typename TF, typename I>
+METAL_FUNC void linear_step(
+    const device T* q, const device T* k, const device T* v, LR lr, TF t,
+    const device float* gamma, const device float* beta,
+    const device float* W1, const device float* b1, const device float* rows, I phase,
+    device T* y, device float* row,
+    int H, threadgroup float* memory, uint3 group, uint thread_index, uint simdgroup, uint lane_index) {
+  typedef LinearStep<D, K, TILES> Step;
+  typedef Columns<D> Cols;
+  constexpr int S = Step::SIMDGROUPS;
+  const int head = group.x, sequence = group.y, lane = lane_index;
+  const size_t head_at = size_t(sequence) * H + head;
+  const int p = phase[sequence];
+
+  threadgroup float* ks = memory;           // [D]
+  threadgroup float* qs = ks + D;           // [D]
+  threadgroup float* zk_sums = qs + D;      // k W1 from each simdgroup's rows  [S, D]
+  threadgroup float* zq_sums = zk_sums + S * D;
+
+  q += head_at * D;
+  k += head_at * D;
+  rows += head_at * K * 2 * D;
+
+  float W[Step::W_ROWS][Cols::COUNT];
+  float k_past[Step::OPEN_ROWS][Cols::COUNT], e_past[Step::OPEN_ROWS][Cols::COUNT];
+  TTT_UNROLL for (int r = 0; r < Step::W_ROWS; ++r) {
+    Cols::load(W[r], W1 + (head_at * D + simdgroup * Step::W_ROWS + r) * D, lane);
+  }
+  TTT_UNROLL for (int r = 0; r < Step::OPEN_ROWS; ++r) {
+    const int j = r * S + simdgroup;
+    if (j >= p) continue;
+    Cols::load(k_past[r], rows + j * 2 * D, lane);
+    Cols::load(e_past[r], rows + j * 2 * D + D, lane);
+  }
+  float bias[Cols::COUNT], scale[Cols::COUNT], shift[Cols::COUNT], target[Cols::COUNT];
+  if (simdgroup == 0) {
+    Cols::load(bias, b1 + head_at * D, lane);
+    Cols::load(scale, gamma + head * D, lane);
+    Cols::load(shift, beta + head * D, lane);
+    Cols::load(target, v + head_at * D, lane);
+  }
+  for (int i = thread_index; i < D; i += Step::THREADS) {
+    ks[i] = float(k[i]);
+    qs[i] = float(q[i]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  float q_row[Cols::COUNT], zk[Cols::COUNT], zq[Cols::COUNT];
+  Cols::load(q_row, qs, lane);
+  Cols::fill(zk, 0);
+  Cols::fill(zq, 0);
+  TTT_UNROLL for (int r = 0; r < Step::OPEN_ROWS; ++r) {
+    if (r * S + int(simdgroup) >= p) continue;
+    const float weight = -t[p] * (Cols::dot(q_row, k_past[r]) + 1);
+    TTT_UNROLL for (int i = 0; i < Cols::COUNT; ++i) zq[i] += weight * e_past[r][i];
+  }
+  TTT_UNROLL for (int r = 0; r < Step::W_ROWS; ++r) {
+    const float k_r = ks[simdgroup * Step::W_ROWS + r], q_r = qs[simdgroup * Step::W_ROWS + r];
+    TTT_UNROLL for (int i = 0; i < Cols::COUNT; ++i) {
+      zk[i] += k_r * W[r][i];
+      zq[i] += q_r * W[r][i];
+    }
+  }
+  Cols::store(zk_sums + simdgroup * D, zk, lane);
+  Cols::store(zq_sums + simdgroup * D, zq, lane);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (simdgroup > 0) return;
+
+  float k_row[Cols::COUNT];
+  Cols::load(k_row, ks, lane);
+  Cols::add(target, ks, -1, lane);
+  TTT_UNROLL for (int i = 0; i < Cols::COUNT; ++i) {
+    zk[i] = bias[i];
+    zq[i] = bias[i];
+  }
+  for (int s = 0; s < S; ++s) {
+    Cols::add(zk, zk_sums + s * D, 1, lane);
+    Cols::add(zq, zq_sums + s * D, 1, lane);
+  }
+
+  Cols::gradient(zk, target, scale, shift, lane);
+  const float lr_row = float(lr[head_at]), weight = -t[p] * (Cols::dot(q_row, k_row) + 1);
+  TTT_UNROLL for (int i = 0; i < Cols::COUNT; ++i) {
+    zk[i] *= lr_row;  // e
+    zq[i] += weight * zk[i];
+  }
+  row += head_at * 2 * D;
+  Cols::store(row, k_row, lane);
+  Cols::store(row + D, zk, lane);
+
+  Cols::normalize(zq, lane);
+  y += head_at * D;
+  TTT_UNROLL for (int i = 0; i < Cols::COUNT; ++i) {
+    if (Cols::has(lane + 32 * i)) y[lane + 32 * i] = T(q_row[i] + scale[i] * zq[i] + shift[i]);
+  }
+}
+
+}  // namespace ttt
