@@ -1,4 +1,4 @@
-"""On Linux, MLX's wheel carries a reference BLAS; OpenBLAS, where installed, is some 50 times faster.
+"""On Linux, MLX's wheel carries a reference BLAS; OpenBLAS, where installed, is some 30 times faster.
 
 Loaded with RTLD_GLOBAL before MLX, its symbols are the ones that MLX finds.
 """
@@ -9,7 +9,10 @@ import contextlib
 import ctypes
 import sys
 
-ADVICE = "matrix products run on MLX's slow built-in BLAS: install OpenBLAS (Debian, Ubuntu: apt install libopenblas0)"
+ADVICE = (
+    "matrix products run on MLX's slow built-in BLAS: install OpenBLAS (Debian, Ubuntu: apt install libopenblas0)"
+    " and import mlx_ttt before mlx"
+)
 _loaded = False
 
 

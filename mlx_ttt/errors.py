@@ -13,6 +13,10 @@ class TokenizerError(TTTError):
     """Tokenizer files that are damaged or of a kind that cannot be represented."""
 
 
+class PromptError(TTTError):
+    """A prompt that cannot be read: it is empty, or has tokens that the model does not know."""
+
+
 class OutputError(TTTError):
     """A place that cannot be written to: it exists, the disk is full, permission is denied."""
 

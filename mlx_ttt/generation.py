@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from .cache import TTTCache
 from .checkpoint.safetensors import read_safetensors
-from .errors import CheckpointError, OutputError, StateError, TokenizerError
+from .errors import CheckpointError, OutputError, PromptError, StateError
 from .model import Model
 
 PREFILL_STEP_SIZE = 2048  # tokens per call while reading a prompt: bounds memory
@@ -77,17 +78,19 @@ def read(
         progress: called with the number of tokens read and to read.
 
     Raises:
-        ValueError: prompt and state are both empty.
-        TokenizerError: a token id is outside the model's vocabulary.
+        PromptError: prompt and state are both empty, or a token id is outside the model's vocabulary.
     """
     state = TextState(model.make_cache()) if state is None else state.copy()
-    new = encode(tokenizer, prompt, continues=len(state) > 0) if isinstance(prompt, str) else list(prompt)
+    if isinstance(prompt, str):
+        new = encode(tokenizer, prompt, continues=len(state) > 0)
+    else:
+        new = [int(token) for token in prompt]
     for token in new:
         if not 0 <= token < model.args.vocab_size:
-            raise TokenizerError(f"token id {token} is outside the model's vocabulary of {model.args.vocab_size}")
+            raise PromptError(f"token id {token} is outside the model's vocabulary of {model.args.vocab_size}")
     tokens = state.tokens + new
     if not tokens:
-        raise ValueError("the prompt is empty")
+        raise PromptError("the prompt is empty")
     unread = [*state.tokens[-1:], *new]
     if len(unread) > 1:
         reading = generate_step(
@@ -119,6 +122,7 @@ def stream_generate(
     The text of a response never ends in half of a UTF-8 character and never holds a part of a stop string.
 
     Args:
+        tokenizer: an mlx-lm TokenizerWrapper, as `load` gives.
         prompt: the text to continue, or what to read after `state` first; see `read`.
         state: what has been read before. It is updated in place: however the generation ends, the state then stands
             after all tokens yielded.
@@ -128,53 +132,43 @@ def stream_generate(
         progress: see `read`.
 
     Raises:
-        ValueError: prompt and state are both empty, or max_tokens is 0.
-        TokenizerError: a token id is outside the model's vocabulary.
+        ValueError: max_tokens is 0, or less than -1.
+        PromptError: see `read`.
     """
-    if max_tokens == 0:
-        raise ValueError("max_tokens is 0: to read without writing, use read()")
-    start = time.perf_counter()
-    text = read(model, tokenizer, prompt, state, progress=progress)
-    prompt_tokens = len(text) - (len(state) if state is not None else 0)
-    tokens = list(text.tokens)
-    running = [c.copy() for c in text.cache]
-    # The loop reads one token ahead of what it yields. A copy at each sampling is the state one token behind.
-    behind: deque[list[TTTCache]] = deque([text.cache], maxlen=3)
+    if max_tokens == 0 or max_tokens < -1:
+        raise ValueError(f"max_tokens is {max_tokens}: to read without writing, use read(); -1 is no limit")
+    clock = time.perf_counter()
+    start = read(model, tokenizer, prompt, state, progress=progress)
+    prompt_tokens = len(start) - (len(state) if state is not None else 0)
+    text = _Text(tokenizer, start.tokens, [stop] if isinstance(stop, str) else stop)
+    running = [c.copy() for c in start.cache]
+    # The loop reads one token ahead of what it yields. A copy at each sampling is the state one token behind; it costs
+    # a copy of the open rows per token, which are then not free to be written in place.
+    behind: deque[list[TTTCache]] = deque([start.cache], maxlen=3)
 
     def sample(logprobs: mx.array) -> mx.array:
         if state is not None:
             behind.append([c.copy() for c in running])
         return sampler(logprobs)
 
-    detokenizer = tokenizer.detokenizer
-    for token in tokens:
-        detokenizer.add_token(token)
-    _ = detokenizer.last_segment  # the context is not part of what is generated
-    stops = TextStateMachine({"text": [(s, None) for s in stop]})
-    held = stops.make_state("text")
-
     steps = generate_step(
-        mx.array(text.tokens[-1:]), model, max_tokens=max_tokens, sampler=sample, prompt_cache=running
+        mx.array(start.tokens[-1:]), model, max_tokens=max_tokens, sampler=sample, prompt_cache=running
     )
+    written: list[int] = []
     try:
         with wired_limit(model, [generation_stream]):
-            for n, (token, logprobs) in enumerate(steps, 1):
-                if n == 1:
-                    prompt_tps = prompt_tokens / (time.perf_counter() - start)
-                    start = time.perf_counter()
-                tokens.append(token)
-                finish = "stop" if token in tokenizer.eos_token_ids else "length" if n == max_tokens else None
-                if finish != "stop":
-                    detokenizer.add_token(token)
-                if finish:
-                    detokenizer.finalize()
-                segment = detokenizer.last_segment
-                held, segment, place = stops.step(held, segment.rstrip("\ufffd") if finish else segment)
-                if place is None:
-                    finish = "stop"
-                elif finish:
-                    held, rest, _ = stops.flush(held)
-                    segment += rest
+            for token, logprobs in steps:
+                if not written:
+                    prompt_tps = prompt_tokens / (time.perf_counter() - clock)
+                    clock = time.perf_counter()
+                written.append(token)
+                if token in tokenizer.eos_token_ids:
+                    segment, finish = text.end(), "stop"
+                elif len(written) == max_tokens:
+                    segment, finish = text.add(token), "stop" if text.stopped else "length"
+                    segment += text.end()
+                else:
+                    segment, finish = text.add(token), "stop" if text.stopped else None
                 yield GenerationResponse(
                     text=segment,
                     token=token,
@@ -182,8 +176,8 @@ def stream_generate(
                     from_draft=False,
                     prompt_tokens=prompt_tokens,
                     prompt_tps=prompt_tps,
-                    generation_tokens=n,
-                    generation_tps=n / (time.perf_counter() - start),
+                    generation_tokens=len(written),
+                    generation_tps=len(written) / (time.perf_counter() - clock),
                     peak_memory=mx.get_peak_memory() / 1e9,
                     finish_reason=finish,
                 )
@@ -192,9 +186,52 @@ def stream_generate(
     finally:
         steps.close()
         if state is not None:
-            unread = len(text) + len(tokens) - len(text.tokens) - 1
-            state.cache = next(cache for cache in behind if cache[0].offset[0] == unread)
-            state.tokens = tokens[-_CONTEXT:]
+            all_but_last = len(start) + len(written) - 1
+            state.cache = next(cache for cache in behind if cache[0].offset[0] == all_but_last)
+            state.tokens = (start.tokens + written)[-_CONTEXT:]
+
+
+class _Text:
+    """What becomes visible of a text as its tokens come: whole characters, and nothing of a stop string.
+
+    Attributes:
+        stopped: a stop string has come; there is no more text.
+    """
+
+    def __init__(self, tokenizer, context: Sequence[int], stop: Sequence[str]):
+        self.stopped = False
+        self._detokenizer = tokenizer.detokenizer
+        for token in context:
+            self._detokenizer.add_token(token)
+        # What the context shows is not shown again, nor what the detokenizer still holds of it, unless that is the
+        # start of a character.
+        context_only = copy.copy(self._detokenizer)
+        context_only.finalize()
+        self._shown = len(context_only.text.rstrip("\ufffd"))
+        self._stops = TextStateMachine({"text": [(s, None) for s in stop]})
+        self._held = self._stops.make_state("text")
+
+    def add(self, token: int) -> str:
+        """What there is to see after one more token."""
+        self._detokenizer.add_token(token)
+        return self._show(self._detokenizer.text)
+
+    def end(self) -> str:
+        """What was held back, now that no more tokens come; but no part of a character."""
+        if self.stopped:
+            return ""
+        text = self._detokenizer.text
+        self._detokenizer.finalize()
+        segment = self._show(text + self._detokenizer.text[len(text) :].rstrip("\ufffd"))
+        _, rest, _ = self._stops.flush(self._held)
+        return segment + rest
+
+    def _show(self, text: str) -> str:
+        new = text[self._shown :]
+        self._shown = max(self._shown, len(text))
+        self._held, segment, place = self._stops.step(self._held, new)
+        self.stopped = place is None
+        return segment
 
 
 def generate(model: Model, tokenizer, prompt: str | Sequence[int] = "", **options) -> str:
@@ -208,7 +245,7 @@ def save_state(file: str | Path, state: TextState, model: Model, tokenizer) -> N
     Raises:
         OutputError: the file cannot be written. One that was there before is then as it was.
     """
-    file = Path(file)
+    file = state_file(file)
     tokens = json.dumps(state.tokens)
     metadata = {
         "mlx_ttt": "1",
@@ -223,6 +260,22 @@ def save_state(file: str | Path, state: TextState, model: Model, tokenizer) -> N
             os.replace(complete, file)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{file}: the state cannot be written: {error}") from error
+
+
+def state_file(file: str | Path) -> Path:
+    """Where `save_state` would write, links followed.
+
+    Raises:
+        OutputError: something else than a file is there, or the folder does not exist or is not writable.
+    """
+    path = Path(os.path.realpath(file))
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{file}: exists and is not a file; choose another name for the state")
+    if not path.parent.is_dir():
+        raise OutputError(f"{file}: there is no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{file}: the folder is not writable")
+    return path
 
 
 def load_state(file: str | Path, model: Model, tokenizer) -> TextState:

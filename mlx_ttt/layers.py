@@ -15,6 +15,8 @@ import numpy as np
 from .cache import TTTCache
 from .update import ttt_linear, ttt_mlp
 
+# mlx.nn has both of these compiled, which on Linux takes a C++ compiler and a second for each new kind of input.
+
 
 def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -11,6 +10,10 @@ import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 
+from .checkpoint.config import read_config
+from .checkpoint.parameters import Parameters
+from .checkpoint.source import open_source
+from .checkpoint.untrusted import quoted
 from .detokenizer import SentencePieceDetokenizer
 from .errors import CheckpointError, TokenizerError
 from .model import Model, ModelArgs
@@ -36,7 +39,7 @@ def load(path: str | Path | None = None):
         CheckpointError: there is no such directory, or it is not a TTT model, or it is incomplete or damaged.
         TokenizerError: it has no tokenizer, or a damaged one.
     """
-    path = Path(path or bundled_model())
+    path = bundled_model() if path is None else Path(path)
     model, config = load_model(path)
     return model, load_tokenizer(path, config)
 
@@ -49,10 +52,9 @@ def load_model(path: str | Path | None = None) -> tuple[Model, dict]:
     Raises:
         CheckpointError: as for `load`.
     """
-    path = Path(path or bundled_model())
-    config = _read_config(path)
+    path = bundled_model() if path is None else Path(path)
+    _check(path)
     try:
-        ModelArgs.from_dict(config)
         model, config = mlx_lm_utils.load_model(
             path,
             lazy=True,
@@ -62,9 +64,22 @@ def load_model(path: str | Path | None = None) -> tuple[Model, dict]:
         if mx.default_device() == mx.cpu:
             _widen(model)
         mx.eval(model.parameters())
-    except (ValueError, RuntimeError, KeyError, TypeError, FileNotFoundError) as error:
-        raise CheckpointError(f"{path}: {_first_line(error)}") from error
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {quoted(error)}") from error
+    del config["model_file"]
     return model, config
+
+
+def _check(path: Path) -> None:
+    """Everything that can be said of a model directory without reading its values: mlx-lm would not name it."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such model directory; one comes from `convert.py mlx`")
+    config, args = read_config(path / "config.json")
+    if "quantization" in config:  # its tensors have other shapes
+        return
+    if problems := Parameters(args).problems(open_source(path).tensors):
+        more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{path}: {problems[0]}{more}")
 
 
 def load_tokenizer(path: Path, config: dict):
@@ -73,14 +88,16 @@ def load_tokenizer(path: Path, config: dict):
     Raises:
         TokenizerError: there is none, or it is damaged.
     """
-    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        raise TokenizerError(f"{path}: no tokenizer; convert again with --tokenizer FILE (tokenizer.model or .json)")
+    if not (path / "tokenizer.json").exists():  # transformers makes something else of a tokenizer.model alone
+        raise TokenizerError(
+            f"{path}: no tokenizer.json; convert again with --tokenizer FILE (tokenizer.model or .json)"
+        )
     log = logging.getLogger("transformers.configuration_utils")
     log.addFilter(_no_warning)
     try:
         tokenizer = mlx_lm_utils.load_tokenizer(path, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # whatever transformers and tokenizers make of a damaged file
-        raise TokenizerError(f"{path}: the tokenizer cannot be read: {_first_line(error)}") from error
+        raise TokenizerError(f"{path}: the tokenizer cannot be read: {quoted(error)}") from error
     finally:
         log.removeFilter(_no_warning)
     if (path / "tokenizer.model").exists() or isinstance(tokenizer.detokenizer, SPMStreamingDetokenizer):
@@ -96,25 +113,6 @@ def _no_warning(record: logging.LogRecord) -> bool:
     return record.levelno > logging.WARNING
 
 
-def _read_config(path: Path) -> dict:
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: no such model directory")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json; a model directory comes from `convert.py mlx`") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / 'config.json'}: cannot be read: {_first_line(error)}") from error
-    if not isinstance(config, dict) or config.get("model_type") != "ttt":
-        found = config.get("model_type") if isinstance(config, dict) else None
-        raise CheckpointError(f'{path / "config.json"}: model_type is {found!r}, expected "ttt"')
-    return config
-
-
 def _widen(model: nn.Module) -> None:
     half = (mx.float16, mx.bfloat16)
     model.apply(lambda x: x.astype(mx.float32) if x.dtype in half else x)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

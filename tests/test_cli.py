@@ -101,11 +101,16 @@ class TestGenerate:
             (["-p", "a", "--prompt-file", "b"], "not both"),
             (["--prompt-file", "nowhere.txt"], "nowhere.txt: No such file"),
             (["--prompt-file", sys.executable], "not UTF-8"),
+            (["-p", "\udcff"], "--prompt: not UTF-8 text"),
             (["--model", "nowhere", "-p", "a"], "nowhere: no such model directory"),
-            (["--model", ".", "-p", "a"], "no config.json"),
+            (["--model", "tests", "-p", "a"], "tests/config.json: no such file"),
             (["-p", "a", "-m", "0"], "--save-state FILE"),
             (["-p", "a", "-n", "2", "--save-state", "s"], "leave out --num-samples"),
             (["-p", "a", "--save-state", "no/such/folder/s"], "no such folder"),
+            (["-p", "a", "--save-state", "tests"], "tests: exists and is not a file"),
+            (["-p", "a", "--save-state", ""], "is not a file"),
+            (["-p", "a", "--save-state", "/dev/null"], "/dev/null: exists and is not a file"),
+            (["--load-state", ""], "cannot be read"),
             (["--load-state", "nowhere.state"], "nowhere.state: no such file"),
             (["--load-state", "README.md"], "README.md: the state cannot be read"),
         ],
@@ -115,27 +120,43 @@ class TestGenerate:
         assert_one_line(run("generate", *arguments), message)
 
     def test_bad_options(self):
-        for option, value in [("--temp", "-1"), ("--top-p", "2"), ("--max-tokens", "x"), ("--num-samples", "0")]:
+        wrong = [("--temp", "-1"), ("--temp", "nan"), ("--temp", "inf"), ("--top-p", "2"), ("--top-p", "0")]
+        wrong += [("--seed", str(2**64)), ("--max-tokens", "x"), ("--num-samples", "0")]
+        for option, value in wrong:
             result = run("generate", "-p", "a", option, value)
             assert result.exit_code == 2
             assert option in result.stderr
 
+    def test_extreme_sampling(self, text):
+        """A temperature of almost zero is greedy; more tokens than there are is all of them."""
+        assert generate("-p", "ROMEO:\n", "-m", 60, "--temp", 1e-40).stdout == text + "\n"
+        all_tokens, more = (generate("-p", "a", "-m", 9, "--temp", 1, "--seed", 1, "--top-k", k) for k in (0, 2048))
+        assert all_tokens.stdout == more.stdout
+
+    def test_a_model_without_a_name_is_not_the_bundled_one(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert_one_line(run("generate", "--model", "", "-p", "a"), "config.json: no such file")
+
     @pytest.mark.parametrize(
         ("damage", "message"),
         [
-            (lambda d: (d / "config.json").write_text("{"), "config.json: cannot be read"),
-            (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "model_type is 'llama'"),
+            (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+            (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "a model of type llama"),
+            (lambda d: (d / "config.json").write_text('{"model_type": "ttt"}'), "lacks vocab_size"),
             (lambda d: _edit_config(d, hidden_size=255), "hidden_size 255"),
-            (lambda d: _edit_config(d, num_hidden_layers=5), "model"),
-            (lambda d: _edit_config(d, vocab_size=100), "model"),
-            (lambda d: (d / "model.safetensors").unlink(), "[Nn]o safetensors"),
-            (lambda d: _truncate(d / "model.safetensors", 0.5), "model"),
-            (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer"),
-            (lambda d: [(d / f"tokenizer.{kind}").unlink() for kind in ("json", "model")], "no tokenizer"),
+            (lambda d: _edit_config(d, mini_batch_size=2 * 10**9), "mini_batch_size is 2000000000"),
+            (lambda d: _edit_config(d, num_hidden_layers=5), "num_hidden_layers is 5"),
+            (lambda d: _edit_config(d, vocab_size=100), "model.embed_tokens.weight has shape"),
+            (lambda d: _edit_config(d, use_gate=False), "g_proj.weight.*not in a model of this config"),
+            (lambda d: _edit_config(d, tie_word_embeddings=False), "lm_head.weight.*missing"),
+            (lambda d: (d / "model.safetensors").unlink(), "no weights"),
+            (lambda d: _truncate(d / "model.safetensors", 0.5), "model.safetensors: truncated or damaged"),
+            (lambda d: (d / "tokenizer.json").write_text("{"), "the tokenizer cannot be read"),
+            (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
         ],
     )
     def test_a_damaged_model_directory(self, damage, message, tmp_path):
-        model = Path(shutil.copytree(mlx_ttt.bundled_model(), tmp_path / "model"))
+        model = Path(shutil.copytree(mlx_ttt.bundled_model(), tmp_path / "directory"))
         damage(model)
         assert_one_line(run("generate", "--model", model, "-p", "a"), message)
 
@@ -242,4 +263,21 @@ class TestProcess:
     def test_a_closed_pipe_is_no_error(self):
         program = f"{sys.executable} {ROOT / 'generate.py'} -p ROMEO: -m 100 | head -c 5"
         result = subprocess.run(program, shell=True, capture_output=True, text=True)
-        assert "Traceback" not in result.stderr
+        assert len(result.stdout) == 5
+        assert result.stderr == ""
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+    def test_a_full_disk_under_the_output(self):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, ROOT / "generate.py", "-p", "a", "-m", "5"]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert result.returncode == 2
+        assert result.stderr == "error: output: No space left on device\n"
+
+    def test_a_prompt_in_another_locale(self):
+        environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+        environment["PYTHONIOENCODING"] = "utf-8"
+        command = [sys.executable, ROOT / "generate.py", "-p", "é", "-m", "5"]
+        result = subprocess.run(command, env=environment, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == generate("-p", "é", "-m", "5").stdout_bytes

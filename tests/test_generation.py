@@ -6,9 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import mlx_ttt
-from mlx_ttt.errors import OutputError, StateError, TokenizerError
+from mlx_ttt.errors import OutputError, PromptError, StateError
 from mlx_ttt.generation import encode, fingerprint
 from mlx_ttt.model import Model
 
@@ -135,6 +138,47 @@ def test_stop_strings(bundled, text):
     assert last.finish_reason == "stop"
 
 
+def test_one_stop_string_is_one(bundled, text):
+    assert mlx_ttt.generate(*bundled, PROMPT, max_tokens=200, stop="mad") == text[: text.index("mad")]
+
+
+@pytest.mark.parametrize("ids", [np.array([1, 500, 600]), mx.array([1, 500, 600]), (1, 500, 600)])
+def test_token_ids_of_any_kind(bundled, ids, tmp_path):
+    state = mlx_ttt.read(*bundled, ids)
+    mlx_ttt.save_state(tmp_path / "state", state, *bundled)
+    assert mlx_ttt.load_state(tmp_path / "state", *bundled).tokens == [1, 500, 600]
+
+
+@pytest.mark.parametrize("max_tokens", [0, -5])
+def test_a_bad_number_of_tokens(bundled, max_tokens):
+    with pytest.raises(ValueError, match="max_tokens"):
+        mlx_ttt.generate(*bundled, PROMPT, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "shown"),
+    [
+        ("hello ", ["world"], "world"),
+        ("hello ", ["\u0120world"], " world"),
+        ("hello", ["\u0120", "\u0120", "world"], "  world"),
+        ("hello ", ["\u00f0", "\u0141", "\u0130", "\u0143", "!"], "🎭!"),
+        ("hello ", ["world", "\u0120"], "world "),
+    ],
+)
+def test_a_byte_level_tokenizer_shows_each_character_once(bundled, tmp_path, prompt, written, shown):
+    """Its streaming holds back spaces, of the prompt too."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {piece: i for i, piece in enumerate([*letters, "hello", "world", "\u0120world", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False)
+    wrapper = TokenizerWrapper(fast, BPEStreamingDetokenizer)
+    script = iter([vocab[piece] for piece in [*written, "</s>", "</s>"]])
+    responses = mlx_ttt.stream_generate(bundled[0], wrapper, prompt, sampler=lambda logprobs: mx.array([next(script)]))
+    assert "".join(response.text for response in responses) == shown
+
+
 def test_it_ends_at_eos(bundled):
     """A sampler that writes three tokens and then EOS."""
     model, tokenizer = bundled
@@ -193,10 +237,10 @@ def test_progress_of_a_long_prompt(bundled):
 @pytest.mark.parametrize(
     ("prompt", "error", "message"),
     [
-        ("", ValueError, "the prompt is empty"),
-        ([], ValueError, "the prompt is empty"),
-        ([1, 2048], TokenizerError, "token id 2048 is outside the model's vocabulary of 2048"),
-        ([-1], TokenizerError, "token id -1"),
+        ("", PromptError, "the prompt is empty"),
+        ([], PromptError, "the prompt is empty"),
+        ([1, 2048], PromptError, "token id 2048 is outside the model's vocabulary of 2048"),
+        ([-1], PromptError, "token id -1"),
     ],
 )
 def test_bad_prompts(bundled, prompt, error, message):
@@ -295,8 +339,17 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(bundled, tmp_path, mo
     with pytest.raises(OutputError, match="No space left"):
         mlx_ttt.save_state(tmp_path / "state", state, model, tokenizer)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("state", b"old")]
-    with pytest.raises(OutputError):
+    with pytest.raises(OutputError, match="no such folder"):
         mlx_ttt.save_state(tmp_path / "nowhere" / "state", state, model, tokenizer)
+
+
+def test_a_state_is_written_through_a_link(bundled, tmp_path):
+    model, tokenizer = bundled
+    state = mlx_ttt.read(model, tokenizer, PROMPT)
+    (tmp_path / "link").symlink_to(tmp_path / "state")
+    mlx_ttt.save_state(tmp_path / "link", state, model, tokenizer)
+    assert (tmp_path / "link").is_symlink()
+    assert len(mlx_ttt.load_state(tmp_path / "state", model, tokenizer)) == len(state)
 
 
 @pytest.mark.parametrize("family", ["llama-2", "shakespeare"])

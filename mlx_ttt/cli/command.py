@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 
@@ -14,14 +15,22 @@ INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
 
 
 class Command(click.Command):
-    """Shows a TTTError as one line on stderr, exit status 2, no traceback."""
+    """Shows what a user can mend as one line on stderr, exit status 2, no traceback."""
 
     def invoke(self, ctx: click.Context):
         try:
             return super().invoke(ctx)
         except TTTError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
-            ctx.exit(2)
+            message = str(error)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has left
+                raise
+            message = f"{error.filename or 'output'}: {error.strerror}"
+        except KeyboardInterrupt:
+            click.echo("interrupted; nothing was saved", err=True)
+            ctx.exit(INTERRUPTED)
+        click.echo(f"error: {' '.join(message.split())}", err=True)
+        ctx.exit(2)
 
 
 class Interrupt:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,13 @@ from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress
 if TYPE_CHECKING:
     from ..generation import TextState
 
-FRACTION = click.FloatRange(0, 1)
+LEAST_TEMPERATURE = 1e-5  # below it, logits divided by the temperature overflow; the best token wins anyway
+
+
+def _finite(ctx, param, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter("must be a number", ctx, param)
+    return value
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -25,12 +33,31 @@ FRACTION = click.FloatRange(0, 1)
 @click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--prompt-file", metavar="FILE", help="A file that holds the text to continue.")
 @click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")
-@click.option("--temp", default=0.0, type=click.FloatRange(0), help="Sampling temperature; 0: the best token always.")
-@click.option("--top-p", default=1.0, type=FRACTION, help="Sample from the best tokens of this total probability.")
+@click.option(
+    "--temp", default=0.0, type=click.FloatRange(0), callback=_finite, help="Sampling temperature; 0: greedy."
+)
+@click.option(
+    "--top-p",
+    default=1.0,
+    type=click.FloatRange(0, 1, min_open=True),
+    callback=_finite,
+    help="Sample from the best tokens of this total probability.",
+)
 @click.option("--top-k", default=0, type=click.IntRange(0), help="Sample from the K best tokens; 0: all.")
-@click.option("--min-p", default=0.0, type=FRACTION, help="Drop tokens less likely than this, relative to the best.")
-@click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; can be given several times.")
+@click.option(
+    "--min-p",
+    default=0.0,
+    type=click.FloatRange(0, 1),
+    callback=_finite,
+    help="Drop tokens less likely than this, relative to the best.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable.")
+@click.option(
+    "--stop",
+    multiple=True,
+    metavar="TEXT",
+    help="Stop before this text (a saved state has read it); can be given several times.",
+)
 @click.option("--num-samples", "-n", default=1, type=click.IntRange(1), help="Continue the text N times.")
 @click.option("--save-state", metavar="FILE", help="Save what was read and written, to go on from it later.")
 @click.option("--load-state", metavar="FILE", help="Go on from a saved state; --prompt comes after it, if given.")
@@ -44,36 +71,39 @@ def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, lo
     generate.py --load-state book.state --prompt "CHAPTER II"
     """
     text = _prompt(prompt, prompt_file, required=load_state is None)
-    if save_state and num_samples > 1:
+    if save_state is not None and num_samples > 1:
         raise TTTError("--save-state saves one text: leave out --num-samples")
-    if max_tokens == 0 and not save_state:
+    if max_tokens == 0 and save_state is None:
         raise TTTError("--max-tokens 0 only reads: add --save-state FILE to keep what was read")
-    if save_state and not Path(save_state).absolute().parent.is_dir():
-        raise TTTError(f"--save-state {save_state}: there is no such folder")
 
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
     import mlx_ttt
+    from mlx_ttt.generation import state_file
 
+    if save_state is not None:
+        state_file(save_state)  # an hour of reading should not end in an error that could be seen before
     seed, stop = sampling.pop("seed"), sampling.pop("stop")
     if seed is not None:
         mx.random.seed(seed)
-    options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
     loaded, tokenizer = mlx_ttt.load(model)
-    state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state else None
+    sampling["temp"] = sampling["temp"] if sampling["temp"] >= LEAST_TEMPERATURE else 0.0
+    sampling["top_k"] = sampling["top_k"] if sampling["top_k"] < loaded.args.vocab_size else 0
+    options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
+    state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state is not None else None
     state = _read(loaded, tokenizer, text, state, verbose)
 
     interrupted = False
     for sample in range(1, num_samples + 1 if max_tokens else 1):
         if num_samples > 1:
             click.echo(f"--- {sample} of {num_samples} ---")
-        continued = state if save_state else state.copy()
+        continued = state if save_state is not None else state.copy()
         interrupted = _write(loaded, tokenizer, continued, options, verbose)
         if interrupted:
             break
 
-    if save_state:
+    if save_state is not None:
         mlx_ttt.save_state(save_state, state, loaded, tokenizer)
     if verbose:
         click.echo(f"peak memory: {mx.get_peak_memory() / 1e6:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
@@ -86,13 +116,9 @@ def _read(model, tokenizer, text: str, state: TextState | None, verbose: bool) -
     from ..generation import read
 
     before, start = len(state) if state else 0, time.perf_counter()
-    try:
-        with Progress("reading", at_least=4096) as progress:
-            state = read(model, tokenizer, text, state, progress=progress)
-    except KeyboardInterrupt:
-        click.echo("interrupted while reading the prompt; nothing was saved", err=True)
-        sys.exit(INTERRUPTED)
-    if verbose:
+    with Progress("reading", at_least=4096) as progress:
+        state = read(model, tokenizer, text, state, progress=progress)
+    if verbose and len(state) > before:
         _show_speed("prompt", len(state) - before, time.perf_counter() - start)
     return state
 
@@ -127,7 +153,7 @@ def _prompt(prompt: str | None, prompt_file: str | None, required: bool) -> str:
     elif prompt == "-":
         text = _decode(sys.stdin.buffer.read(), "--prompt -")
     else:
-        text = prompt or ""
+        text = _decode(os.fsencode(prompt or ""), "--prompt")  # as typed, whatever the locale
     if required and not text:
         given = prompt is not None or prompt_file is not None
         raise TTTError("the prompt is empty" if given else "no prompt: give --prompt TEXT, --prompt - or --prompt-file")
