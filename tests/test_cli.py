@@ -32,8 +32,9 @@ def generate(*args: str | Path, **options):
 
 
 def assert_one_line(result, message: str) -> None:
-    """Exit status 2 and one line on stderr that says what is wrong."""
+    """Exit status 2 and one line on stderr that says what is wrong, before anything else is said."""
     assert result.exit_code == 2, (result.output, result.exception)
+    assert result.stdout == ""
     assert re.fullmatch(r"error: [^\n]+\n", result.stderr), result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert "Traceback" not in result.output
