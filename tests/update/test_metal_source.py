@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_ttt.update import metal
-from tests.metal_host import CompileError, HostKernel, KernelError, trace_call, why_unavailable
+from tests.metal_host import CompileError, HostCall, HostKernel, KernelError, trace_call, why_unavailable
 from tests.metal_host.lint import lint
 
 from .metal_cases import KERNEL, KINDS, REFERENCE, assert_matches, kernel_case
@@ -64,13 +64,15 @@ def mutate(kernels, monkeypatch):
     metal._tiles.cache_clear()
 
 
-def is_caught(kind: str, form: str, D: int = 16, K: int = 8, seeds=(0,), launches=None) -> str | None:
-    """How a kernel fails, by a wrong result or an error of the harness; None if it does not.
-
-    It reads two sequences; in the chunk form, one of them ends as its mini-batch does.
-    """
+def two_sequences(kind: str, form: str, D: int, K: int) -> dict:
+    """A case for a kernel; in the chunk form, one of the sequences ends as its mini-batch does."""
     phase, T, lengths = ([2, 5], 1, None) if form == "step" else ([3, K - 1], 2 * K + 3, [2 * K + 3, K + 1])
-    case = kernel_case(kind, B=2, T=T, H=2, D=D, K=K, phase=phase, lengths=lengths)
+    return kernel_case(kind, B=2, T=T, H=2, D=D, K=K, phase=phase, lengths=lengths)
+
+
+def is_caught(kind: str, form: str, D: int = 16, K: int = 8, seeds=(0,), launches=None) -> str | None:
+    """How a kernel fails, by a wrong result or an error of the harness; None if it does not."""
+    case = two_sequences(kind, form, D, K)
     expected = REFERENCE[kind](**case)
     try:
         for seed in seeds:
@@ -218,3 +220,32 @@ def test_device_memory_needs_its_own_barrier(mutate, launches):
     launches.allow_unwritten = True
     mutate("mlp", "mem_flags::mem_threadgroup | mem_flags::mem_device", "mem_flags::mem_threadgroup")
     assert is_caught("mlp", "chunk", 96, 25, launches=launches) == "DataRace"
+
+
+# ---- ThreadSanitizer ------------------------------------------------------------------------------------------------
+
+
+def host_call(kind: str, form: str, D: int, K: int) -> HostCall:
+    """The launch that reads two sequences."""
+    case = two_sequences(kind, form, D, K)
+    arrays = [*(case[name] for name in ("q", "k", "v", "lr", "t", "gamma", "beta")), *case["weights"], case["rows"]]
+    variant = metal._Variant(kind, form, D, K, case["q"].dtype)
+    kernel, call = metal._call(variant, 1, arrays, case["phase"], case["lengths"] or [1, 1])
+    return HostKernel.from_mlx(getattr(kernel, "_kernel", kernel), **call)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unavailable()))
+@pytest.mark.parametrize(("kind", "form"), FORMS)
+@pytest.mark.parametrize(("D", "K"), [(16, 8), (64, 16)])
+def test_thread_sanitizer_reports_nothing_on_the_intact_kernels(kind, form, D, K):
+    call = host_call(kind, form, D, K)
+    for seed in range(5):
+        assert call.thread_sanitizer(seed=seed) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "index"), EVERY_BARRIER)
+def test_thread_sanitizer_reports_every_missing_barrier(mutate, kind, index):
+    form = remove_barrier(mutate, kind, index)
+    assert host_call(kind, form, *BARRIER_SIZES[kind]).thread_sanitizer() != []

@@ -14,9 +14,10 @@ constexpr unsigned kSimd = 32, kSlot = 32;
 
 // Threads that have arrived at a barrier or simdgroup operation and wait for the rest.
 struct Meeting {
-  unsigned members, arrived;
+  unsigned members, arrived, completed;
   uint32_t site;
   unsigned waiting[fibers::kMost];
+  char order[2];  // addresses for the sanitizer
 };
 
 Meeting group_meeting, simd_meeting[fibers::kMost / kSimd];
@@ -42,6 +43,7 @@ void meet(Meeting& m, uint32_t site, const char* what, Then then) {
   then();
   for (unsigned i = 0; i + 1 < m.arrived; i++) fibers::wake(m.waiting[i]);
   m.arrived = 0;
+  m.completed++;
 }
 
 void run_thread(unsigned thread) { kernel(argument, &position[thread]); }
@@ -108,23 +110,26 @@ void msl_unsupported(const char* what, const char* file, int line) {
   fail("Unsupported", "%s, at {site:%u}", what, memory::site(file, line));
 }
 
+// The sanitizer gets two addresses in turn: at one alone, a thread that is late to leave this barrier would acquire what
+// faster ones have released at the next, and races between the two would look ordered.
 void msl_barrier(int scope, int spaces, const char* file, int line) {
   unsigned simdgroup = fibers::current() / kSimd;
   uint32_t site = memory::site(file, line);
-  void* meeting = scope == MSL_THREADGROUP ? &group_meeting : &simd_meeting[simdgroup];
-  if (spaces) __tsan_release(meeting);
+  Meeting& m = scope == MSL_THREADGROUP ? group_meeting : simd_meeting[simdgroup];
+  char* order = &m.order[m.completed % 2];
+  if (spaces) __tsan_release(order);
   if (scope == MSL_THREADGROUP) {
-    meet(group_meeting, site, "threadgroup_barrier", [=] {
+    meet(m, site, "threadgroup_barrier", [=] {
       memory::order_threadgroup(spaces);
       report->barriers++;
     });
   } else {
-    meet(simd_meeting[simdgroup], site, "simdgroup_barrier", [=] {
+    meet(m, site, "simdgroup_barrier", [=] {
       memory::order_simdgroup(simdgroup, spaces);
       report->simdgroup_barriers++;
     });
   }
-  if (spaces) __tsan_acquire(meeting);
+  if (spaces) __tsan_acquire(order);
 }
 
 // Two areas in turn: nobody can reach the third exchange, and overwrite the first, before all have read the first.

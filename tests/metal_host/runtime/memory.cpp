@@ -199,7 +199,13 @@ void touch(const Window& window, uintptr_t address, size_t bytes, bool write, ui
     (write ? write_cell : read_cell)(r, window, r.cells[i / r.grain], i, now, device);
 }
 
-const char* site_files[128];
+const char* site_files[128];  // strings of kernels, which are never unloaded
+
+// Not strcmp: the sanitizer watches the C library, and would take one thread's table of files for the kernel's data.
+bool same_text(const char* a, const char* b) {
+  while (*a && *a == *b) a++, b++;
+  return *a == *b;
+}
 
 }  // namespace
 
@@ -208,8 +214,8 @@ uint32_t site(const char* file, int line) {
   static uint32_t id;
   if (file != latest) {
     latest = file;
-    for (id = 0; id < 127 && site_files[id] && strcmp(site_files[id], file);) id++;
-    if (!site_files[id]) site_files[id] = strdup(file);
+    for (id = 0; id < 127 && site_files[id] && !same_text(site_files[id], file);) id++;
+    if (!site_files[id]) site_files[id] = file;
   }
   return kLineSite | id << 24 | (uint32_t)line;
 }
