@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..model import ModelArgs
+from .directory import CONFIG
 from .untrusted import quoted, read_json
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -35,7 +36,7 @@ def find_config(folder: Path, config: Path | None) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    path = config or folder / "config.json"
+    path = config or folder / CONFIG
     if not os.path.isfile(path):
         hint = "" if config else "; give one with --config FILE"
         raise CheckpointError(f"{path}: no such file{hint}")
@@ -46,7 +47,7 @@ def read_config(path: Path) -> tuple[dict, ModelArgs]:
     """A config file as it is, and as the model's arguments.
 
     Raises:
-        CheckpointError: it is not JSON, of another architecture, or has missing, ill-typed or absurd fields.
+        CheckpointError: it cannot be read, is of another architecture, or has missing, ill-typed or absurd fields.
     """
     config = read_json(path)
     _refuse_other_architectures(config, path)
@@ -63,14 +64,22 @@ def read_config(path: Path) -> tuple[dict, ModelArgs]:
     return config, args
 
 
+def refuse_quantized(config: dict, path: Path) -> None:
+    """Converting needs the original weights.
+
+    Raises:
+        CheckpointError: the config says that they are quantized.
+    """
+    if config.get("quantization") or config.get("quantization_config"):
+        raise CheckpointError(f"{path}: the weights are quantized; convert the original checkpoint instead")
+
+
 def _refuse_other_architectures(config: dict, path: Path) -> None:
     architectures = config.get("architectures") or ["TTT"]
     kinds = [config.get("model_type", "ttt"), *(architectures if isinstance(architectures, list) else [architectures])]
     others = [kind for kind in kinds if not (isinstance(kind, str) and kind.lower().startswith("ttt"))]
     if others:
         raise CheckpointError(f"{path}: describes a model of type {quoted(others[0])}, not a TTT language model")
-    if config.get("quantization") or config.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantized; convert the original checkpoint instead")
 
 
 def written_config(config: dict, args: ModelArgs, dtype: str) -> dict:

@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from ..errors import CheckpointError, OutputError, TokenizerError
 from ..model import ModelArgs
-from .config import find_config, read_config, written_config
+from .config import find_config, read_config, refuse_quantized, written_config
+from .directory import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, shard_name
 from .folder import complete_folder
 from .parameters import EMBEDDING, HEAD, Parameters
 from .safetensors import write_safetensors
@@ -22,26 +22,20 @@ from .source import Source, open_source
 from .tensor import Tensor, dtype_name
 from .untrusted import read_json
 
-if TYPE_CHECKING:
-    from .tokenizer import TokenizerReport
-
 LARGEST_SHARD = 5 * 10**9  # bytes
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_BESIDE_WEIGHTS = 32 << 20  # bytes to spare for tokenizer and config
+_SMALL_FILES = 1 << 20  # bytes for configs and headers, at most
+_TOKENIZER_GROWTH = 8  # a tokenizer.json made of a tokenizer.model has at most so many times its size
 
 
 @dataclass(frozen=True)
 class Inspection:
     """What a checkpoint is, without reading its values."""
 
-    path: Path
     format: str
-    files: tuple[Path, ...]
-    tensors: int
+    tensors: int  # a tied lm_head counts in no figure
     parameters: int
     bytes_by_dtype: dict[str, int]
     args: ModelArgs | None  # None when there is no usable config
-    has_head: bool  # whether lm_head.weight is stored; a tied one counts in no figure
     tokenizer_files: tuple[str, ...]
     problems: tuple[str, ...]  # empty when `convert` would accept it, as far as one can tell without its values
 
@@ -50,12 +44,8 @@ class Inspection:
 class ConversionReport:
     """What `convert` wrote."""
 
-    out: Path
-    files: tuple[str, ...]
-    tensors: int
     parameters: int
     bytes_by_dtype: dict[str, int]
-    tokenizer: TokenizerReport | None
     warnings: tuple[str, ...]
 
 
@@ -69,7 +59,8 @@ def inspect(source: Path | str, config: Path | str | None = None) -> Inspection:
     args, problems = None, []
     try:
         config_path = find_config(checkpoint.folder, config and Path(config))
-        _, args = read_config(config_path)
+        given_config, args = read_config(config_path)
+        refuse_quantized(given_config, config_path)
         problems = Parameters(args).problems(checkpoint.tensors)
     except CheckpointError as error:
         problems = [str(error)]
@@ -77,13 +68,11 @@ def inspect(source: Path | str, config: Path | str | None = None) -> Inspection:
     if args and args.tie_word_embeddings:
         own.pop(HEAD, None)
     return Inspection(
-        path=checkpoint.path,
         format=checkpoint.format,
-        files=checkpoint.files,
+        tensors=len(own),
         **_figures(own),
         args=args,
-        has_head=HEAD in checkpoint.tensors,
-        tokenizer_files=tuple(name for name in TOKENIZER_FILES if (checkpoint.folder / name).is_file()),
+        tokenizer_files=tuple(name for name in TOKENIZER_FILES if os.path.isfile(checkpoint.folder / name)),
         problems=tuple(problems),
     )
 
@@ -109,7 +98,7 @@ def convert(
         dtype: of the parameters, except the inner model's, which stay float32; None keeps what each tensor has.
         config: the config file, if it is not config.json beside the weights.
         tokenizer: tokenizer file or a folder with one, if it is not beside the weights.
-        overwrite: replace a model directory at `out`.
+        overwrite: replace a model directory at `out`: a folder with such files alone.
         allow_nonfinite: convert weights that are NaN or infinite too, with a warning.
         progress: called with the bytes written so far and in all.
 
@@ -118,10 +107,12 @@ def convert(
         TokenizerError: its tokenizer files are damaged.
         OutputError: `out` exists or cannot be written to.
     """
-    checkpoint, out = open_source(Path(source)), Path(os.path.realpath(out))
-    _refuse_overlap(checkpoint, out)
+    checkpoint, out = open_source(Path(source)), _in_real_folder(Path(out))
     config_path = find_config(checkpoint.folder, config and Path(config))
+    tokenizer_source = Path(checkpoint.folder if tokenizer is None else tokenizer)
+    _refuse_overlap(out, [*checkpoint.files, config_path, tokenizer_source])
     given_config, args = read_config(config_path)
+    refuse_quantized(given_config, config_path)
     parameters = Parameters(args)
     _raise_first(parameters.problems(checkpoint.tensors), checkpoint, config_path)
 
@@ -136,20 +127,14 @@ def convert(
         name: parameters.as_parameter(name, checkpoint.tensors[name], dtype, nonfinite) for name in parameters.shapes()
     }
     new_config = written_config(given_config, args, dtype_name(tensors[EMBEDDING].dtype))
-    nbytes = sum(tensor.nbytes for tensor in tensors.values()) + _BESIDE_WEIGHTS
+    nbytes = sum(tensor.nbytes for tensor in tensors.values()) + _tokenizer_bytes(tokenizer_source) + _SMALL_FILES
     with mx.stream(mx.cpu), complete_folder(out, nbytes, overwrite) as folder:  # only the CPU knows float64
         _check_tied_head(checkpoint, args)
-        _write_json(folder / "config.json", new_config)
-        _copy_generation_config(checkpoint.folder, folder)
-        tokenizer_report = _write_tokenizer(checkpoint.folder, tokenizer and Path(tokenizer), folder, new_config)
+        _write_json(folder / CONFIG, new_config)
+        warnings += _copy_generation_config(checkpoint.folder, folder)
+        warnings += _write_tokenizer(tokenizer_source, tokenizer is not None, folder, new_config)
         _write_weights(folder, tensors, progress)
-        files = tuple(sorted(file.name for file in folder.iterdir()))
-
-    if tokenizer_report:
-        warnings += tokenizer_report.warnings
-    else:
-        warnings.append("no tokenizer files: the model reads and writes token ids only; add one with --tokenizer FILE")
-    return ConversionReport(out, files, **_figures(tensors), tokenizer=tokenizer_report, warnings=tuple(warnings))
+    return ConversionReport(**_figures(tensors), warnings=tuple(warnings))
 
 
 def _figures(tensors: Mapping[str, Tensor]) -> dict:
@@ -157,14 +142,34 @@ def _figures(tensors: Mapping[str, Tensor]) -> dict:
     for tensor in tensors.values():
         nbytes[dtype_name(tensor.dtype)] += tensor.nbytes
     parameters = sum(tensor.size for tensor in tensors.values())
-    return {"tensors": len(tensors), "parameters": parameters, "bytes_by_dtype": dict(nbytes)}
+    return {"parameters": parameters, "bytes_by_dtype": dict(nbytes)}
 
 
-def _refuse_overlap(checkpoint: Source, out: Path) -> None:
-    """Replacing `out` must not delete what is being read."""
-    for file in checkpoint.files:
-        if out in (file.resolve(), *file.resolve().parents) and out.exists():
-            raise OutputError(f"{out}: the checkpoint itself is in there; choose another place")
+def _in_real_folder(path: Path) -> Path:
+    """`path` with its folder's links followed, but not its own: a link is not a folder to be replaced."""
+    if path.name in ("", ".."):
+        return Path(os.path.realpath(path))
+    return Path(os.path.realpath(path.parent), path.name)
+
+
+def _refuse_overlap(out: Path, inputs: list[Path]) -> None:
+    """Replacing `out` must not delete what is being read, nor the links by which it was found."""
+    for path in inputs:
+        for place in (_in_real_folder(path), Path(os.path.realpath(path))):
+            if any(_same(out, folder) for folder in (place, *place.parents)):
+                raise OutputError(f"{out}: {path}, which is to be read, lies there; choose another place")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are there, and one and the same, whatever their names: some disks ignore the case of letters."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
+
+
+def _tokenizer_bytes(source: Path) -> int:
+    """What the tokenizer's files will need, at most."""
+    files = [source / name for name in TOKENIZER_FILES] if os.path.isdir(source) else [source]
+    sizes = {file: os.path.getsize(file) for file in files if os.path.isfile(file)}
+    return sum(size if file.suffix == ".json" else _TOKENIZER_GROWTH * size for file, size in sizes.items())
 
 
 def _raise_first(problems: list[str], checkpoint: Source, config_path: Path) -> None:
@@ -207,29 +212,35 @@ def _write_weights(folder: Path, tensors: Mapping[str, Tensor], progress: Callab
 
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        single = len(shards) == 1
-        file = "model.safetensors" if single else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = WEIGHTS if len(shards) == 1 else shard_name(number, len(shards))
         write_safetensors(folder / file, shard, {"format": "mlx"}, written)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(folder / WEIGHTS_INDEX, index)
 
 
-def _write_tokenizer(beside: Path, given: Path | None, folder: Path, config: dict) -> TokenizerReport | None:
-    """The tokenizer that the user gave, which must be one, or the one beside the weights, if any."""
+def _write_tokenizer(source: Path, given: bool, folder: Path, config: dict) -> list[str]:
+    """The tokenizer that the user gave, which must be one, or the one beside the weights, if any. Gives warnings."""
     from .tokenizer import write_tokenizer  # imports transformers, which takes seconds
 
-    report = write_tokenizer(given or beside, folder, config)
-    if given and report is None:
-        raise TokenizerError(f"{given}: holds neither tokenizer.model nor tokenizer.json")
-    return report
+    report = write_tokenizer(source, folder, config)
+    if report:
+        return report.warnings
+    if given:
+        raise TokenizerError(f"{source}: holds neither tokenizer.model nor tokenizer.json")
+    return ["no tokenizer files: the model reads and writes token ids only; add one with --tokenizer FILE"]
 
 
-def _copy_generation_config(source: Path, folder: Path) -> None:
-    file = source / "generation_config.json"
-    if file.is_file():
-        _write_json(folder / file.name, read_json(file))
+def _copy_generation_config(source: Path, folder: Path) -> list[str]:
+    """A file that many checkpoints lack, so one that is damaged is left out, with a warning."""
+    file = source / GENERATION_CONFIG
+    if os.path.lexists(file):
+        try:
+            _write_json(folder / file.name, read_json(file))
+        except CheckpointError as error:
+            return [f"{error}; left out"]
+    return []
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import OutputError
+from .directory import refuse_foreign
 
 
 @contextmanager
@@ -25,35 +26,46 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
         overwrite: replace a model directory that is at `out`.
 
     Raises:
-        OutputError: `out` exists, its parent does not, or it cannot be written to.
+        OutputError: `out` exists, or is not a model directory, its parent does not exist, it cannot be written to, or
+            the block could not read a file.
     """
-    workshop = None
-    try:
-        _check(out, nbytes, overwrite)
-        workshop = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-        new = workshop / "new"
-        new.mkdir()
-        yield new
-        _put_in_place(new, out, workshop / "replaced")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise _no_space(out, nbytes) from None
-        raise OutputError(f"{out}: cannot write there: {error.strerror or error}") from None
-    finally:
-        if workshop:
+    with _one_line_errors(out, nbytes):
+        _check_place(out, overwrite)
+        if shutil.disk_usage(out.parent).free < nbytes:
+            raise _no_space(out, nbytes)
+        workshop = Path(tempfile.mkdtemp(prefix=_workshop_prefix(out), dir=out.parent))
+        new, old = workshop / "new", workshop / "old"
+        try:
+            new.mkdir()
+            yield new
+            _check_place(out, overwrite)  # again: much may have happened meanwhile
+            if os.path.lexists(out):
+                out.rename(old)
+            new.rename(out)
+        finally:
+            if old.exists() and new.exists():  # `out` was moved away, but nothing took its place
+                _put_back(old, out)
             shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _check(out: Path, nbytes: int, overwrite: bool) -> None:
+def _check_place(out: Path, overwrite: bool) -> None:
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it first")
     if os.path.lexists(out):
         if not overwrite:
-            raise OutputError(f"{out}: exists already; --overwrite replaces it")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
-            raise OutputError(f"{out}: is not a model directory, so --overwrite leaves it alone; choose another place")
-    if shutil.disk_usage(out.parent).free < nbytes:
-        raise _no_space(out, nbytes)
+            raise OutputError(f"{out}: exists already; --overwrite replaces a model directory")
+        refuse_foreign(out)
+
+
+def _put_back(old: Path, out: Path) -> None:
+    try:
+        old.rename(out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be put back ({error.strerror}); it is now {old}") from None
+
+
+def _workshop_prefix(out: Path) -> str:
+    return f".{out.name}.partial-"
 
 
 def _no_space(out: Path, nbytes: int) -> OutputError:
@@ -61,14 +73,16 @@ def _no_space(out: Path, nbytes: int) -> OutputError:
     return OutputError(f"{out}: the disk is full: {nbytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free")
 
 
-def _put_in_place(new: Path, out: Path, replaced: Path) -> None:
-    """Rename `new` to `out`; an old `out` is moved aside first and moved back if that fails."""
-    if not out.exists():
-        new.rename(out)
-        return
-    out.rename(replaced)
+@contextmanager
+def _one_line_errors(out: Path, nbytes: int) -> Iterator[None]:
+    """An OSError as an OutputError that names `out`, or the file that the error is about if it lies elsewhere."""
     try:
-        new.rename(out)
-    except BaseException:
-        replaced.rename(out)
-        raise
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_space(out, nbytes) from None
+        file = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else out
+        written = (file, *file.parents)
+        if out in written or any(folder.name.startswith(_workshop_prefix(out)) for folder in written):
+            raise OutputError(f"{out}: cannot write there: {error.strerror or error}") from None
+        raise OutputError(f"{file}: {error.strerror or error}") from None

@@ -41,13 +41,15 @@ class Parameters:
 
     def problems(self, tensors: dict[str, Tensor]) -> list[str]:
         """Why these tensors are not this model's weights, one line each; empty if they are. Reads no values."""
-        layers = 1 + max((int(match[1]) for match in map(_LAYER.match, tensors) if match), default=-1)
-        if layers != self.args.num_hidden_layers:
-            return [f"num_hidden_layers is {self.args.num_hidden_layers}, but the tensors are of {layers} layers"]
-        expected = self.shapes()
         found = dict(tensors)
         if self.args.tie_word_embeddings:
             found.pop(HEAD, None)
+        layers = 1 + max(map(self._layer_of, found), default=-1)
+        if not layers:
+            return [self._no_layers(found)]
+        if layers != self.args.num_hidden_layers:
+            return [f"num_hidden_layers is {self.args.num_hidden_layers}, but the tensors are of {layers} layers"]
+        expected = self.shapes()
         problems = []
         if missing := [name for name in expected if name not in found]:
             hint = "; a tied model has none: tie_word_embeddings" if missing == [HEAD] else ""
@@ -61,6 +63,19 @@ class Parameters:
             elif shape != expected[name]:
                 problems.append(f"{name} has shape {shape}, the config asks for {expected[name]}")
         return problems
+
+    def _layer_of(self, name: str) -> int:
+        """The layer that a parameter of the model belongs to; -1 for the rest and for other names."""
+        match = _LAYER.match(name)
+        return int(match[1]) if match and name.replace(match[0], "model.layers.0.", 1) in self._layer else -1
+
+    def _no_layers(self, found: Iterable[str]) -> str:
+        """What is wrong when no tensor has the name of a layer's parameter: as a rule, all names are others."""
+        unknown = sorted((name for name in found if name not in self._rest), key=_natural)
+        if not unknown:
+            return "the tensors are of 0 layers"
+        more = f", nor are {len(unknown) - 1} other names" if len(unknown) > 1 else ""
+        return f"{quoted(unknown[0])} is not the name of a TTT model's parameter{more}"
 
     def as_parameter(
         self, name: str, tensor: Tensor, dtype: mx.Dtype | None, nonfinite: Callable[[str], None]

@@ -13,8 +13,10 @@ import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
-from mlx_ttt.errors import TokenizerError
+from ..errors import TokenizerError
+from .untrusted import quoted, read_bytes
 
+LARGEST_FILE = 128 << 20  # bytes, of a tokenizer; vocabularies of 256 000 tokens need 35 MB as tokenizer.json
 SPACE = "\u2581"  # what SentencePiece writes for a space
 Json = dict[str, Any]
 
@@ -28,8 +30,8 @@ class SentencePieceModel:
     def __init__(self, file: Path):
         """Raises TokenizerError when `file` is no SentencePiece model, or one that has no equal tokenizer.json."""
         self.file = file
+        data = read_bytes(file, LARGEST_FILE, TokenizerError)
         try:
-            data = file.read_bytes()
             self.proto = ModelProto.FromString(data)
             self.names = [piece.piece for piece in self.proto.pieces]
             if not self.names:
@@ -37,9 +39,9 @@ class SentencePieceModel:
             if any(isinstance(name, bytes) for name in (*self.names, self.proto.trainer_spec.unk_surface)):
                 raise ValueError("a piece is not UTF-8")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        except (DecodeError, RuntimeError, ValueError, OSError) as error:
+        except (DecodeError, RuntimeError, ValueError) as error:
             raise TokenizerError(
-                f"{file}: not a SentencePiece model, or damaged ({one_line(error)}); copy it again"
+                f"{file}: not a SentencePiece model, or damaged ({quoted(error)}); copy it again"
             ) from None
         self.byte_fallback = self.proto.trainer_spec.byte_fallback
         self.is_unigram = self.proto.trainer_spec.model_type == TrainerSpec.UNIGRAM
@@ -269,8 +271,3 @@ def _ties_are_runs(scores: dict[str, float]) -> bool:
 
 def _replace(pattern: Json, content: str) -> Json:
     return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def one_line(error: BaseException) -> str:
-    """What an error says, in a form that fits into one of ours."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

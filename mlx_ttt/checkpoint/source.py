@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .directory import WEIGHTS, WEIGHTS_INDEX
 from .names import official_names, state_dict
 from .safetensors import read_safetensors
 from .tensor import Tensor
@@ -52,22 +53,18 @@ def open_source(path: Path) -> Source:
 
 def _weights_file(folder: Path) -> Path:
     """The file to start from in a folder: by the names that the Hub knows, else the only one there is."""
-    for name in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        if (folder / name).is_file():
-            return folder / name
     try:
-        found = sorted(
-            file
-            for file in folder.iterdir()
-            if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(_NOT_WEIGHTS)
-        )
+        files = [folder / name for name in sorted(os.listdir(folder))]
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from None
+    for name in (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if folder / name in files:
+            return folder / name
+    found = [
+        file
+        for file in files
+        if file.suffix in _SUFFIXES and os.path.isfile(file) and not file.name.startswith(_NOT_WEIGHTS)
+    ]
     if not found:
         raise CheckpointError(f"{folder}: no weights in this folder (looked for {', '.join(_SUFFIXES)} files)")
     if len(found) > 1:
@@ -101,7 +98,7 @@ def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     files = tuple(index.parent / name for name in sorted({_shard_name(index, name) for name in weight_map.values()}))
     for file in files:
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise CheckpointError(f"{file}: missing, but {index.name} lists it")
         shard = _read_weights(file)
         listed = {name for name, shard_name in weight_map.items() if shard_name == file.name}

@@ -9,20 +9,21 @@ texts, and a difference is an error.
 from __future__ import annotations
 
 import json
+import os
 import random
-import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from mlx_ttt.checkpoint.sentencepiece_model import SPACE, Json, SentencePieceModel, one_line
-from mlx_ttt.errors import TokenizerError
+from ..errors import TokenizerError
+from .directory import TOKENIZER_COMPANIONS, TOKENIZER_CONFIG
+from .sentencepiece_model import LARGEST_FILE, SPACE, Json, SentencePieceModel
+from .untrusted import quoted, read_bytes, read_json
 
-_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _TOLERATED = 0.05  # share of differing test texts, for models that can only be approximated
 _CARRIED = ("chat_template", "model_max_length", "padding_side")
 
@@ -32,9 +33,7 @@ class TokenizerReport:
     """What `write_tokenizer` did: the files it wrote, and what the user should know."""
 
     files: list[str]
-    vocab_size: int
-    texts_compared: int = 0  # with SentencePiece, before writing
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str]
 
 
 def write_tokenizer(source: Path, out: Path, config: Json) -> TokenizerReport | None:
@@ -48,7 +47,8 @@ def write_tokenizer(source: Path, out: Path, config: Json) -> TokenizerReport | 
     Text is only text: `<s>` typed by a user is three characters, as in SentencePiece. A tokenizer with a chat
     template is the exception, because templates write their control symbols as text.
 
-    Python code beside a tokenizer is neither run nor copied. Raises TokenizerError; `out` is then untouched.
+    Python code beside a tokenizer is neither run nor copied. Raises TokenizerError, which names the file that is
+    damaged or cannot be read, and OSError when `out` cannot be written to; `out` is then untouched.
     """
     spm_file, json_file = _find(Path(source))
     if spm_file is None and json_file is None:
@@ -62,14 +62,14 @@ def write_tokenizer(source: Path, out: Path, config: Json) -> TokenizerReport | 
             if json_file is None:
                 raise
             warnings.append(f"{error}; {json_file.name} was used")
-    with tempfile.TemporaryDirectory() as staging:
+    with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=out) as staging:
         stage = Path(staging)
         if json_file is not None and (spm is None or _has_more_tokens(json_file, spm)):
             report = _stage_json(json_file, spm, given, config, stage)
         else:
             report = _stage_sentencepiece(spm, given, config, stage)
         for name in report.files:
-            shutil.copyfile(stage / name, Path(out) / name)
+            (stage / name).replace(Path(out) / name)
     report.warnings[:0] = warnings + given.warnings
     return report
 
@@ -85,8 +85,9 @@ class _Given:
     @classmethod
     def beside(cls, file: Path) -> _Given:
         folder = file.parent
-        companions = {name: folder / name for name in _COMPANIONS if (folder / name).is_file()}
-        settings = _read_json(folder / "tokenizer_config.json", missing_ok=True)
+        companions = {name: folder / name for name in TOKENIZER_COMPANIONS if os.path.lexists(folder / name)}
+        file = folder / TOKENIZER_CONFIG
+        settings = _read_json(file) if os.path.lexists(file) else {}
         warnings = []
         if settings.pop("auto_map", None):
             warnings.append(f"{folder}: its tokenizer comes with Python code, which is neither run nor copied")
@@ -95,14 +96,14 @@ class _Given:
 
 def _find(source: Path) -> tuple[Path | None, Path | None]:
     """The SentencePiece file and the tokenizer.json that `source` names or holds."""
-    if source.is_dir():
-        found = (source / "tokenizer.model", source / "tokenizer.json")
-        return tuple(file if file.is_file() else None for file in found)
-    if not source.is_file():
-        raise TokenizerError(f"{source}: no such file or directory")
-    if source.suffix == ".json":
-        return None, source
-    return source, None
+    try:
+        names = os.listdir(source)
+    except NotADirectoryError:
+        return (None, source) if source.suffix == ".json" else (source, None)
+    except OSError as error:
+        raise TokenizerError(f"{source}: {error.strerror}") from None
+    spm_file, json_file = (source / name if name in names else None for name in ("tokenizer.model", "tokenizer.json"))
+    return spm_file, json_file
 
 
 def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, stage: Path) -> TokenizerReport:
@@ -118,20 +119,19 @@ def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, s
         )
     add_bos = given.settings.get("add_bos_token") is not False
     _dump(stage / "tokenizer.json", spm.tokenizer_json(add_bos))
-    _dump(stage / "tokenizer_config.json", spm.tokenizer_config(add_bos) | carried)
-    shutil.copyfile(spm.file, stage / "tokenizer.model")
-    files = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]
+    _dump(stage / TOKENIZER_CONFIG, spm.tokenizer_config(add_bos) | carried)
+    _copy(spm.file, stage / "tokenizer.model")
+    files = ["tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model"]
     if template:
-        shutil.copyfile(template, stage / template.name)
+        _copy(template, stage / template.name)
         files.append(template.name)
     tokenizer = _load(stage, spm.file)
-    compared, differences = _compare(spm, tokenizer)
-    warnings += differences + _id_warnings(spm.file, tokenizer, config)
-    return TokenizerReport(files, len(spm.names), compared, warnings)
+    warnings += _compare(spm, tokenizer) + _id_warnings(spm.file, tokenizer, config)
+    return TokenizerReport(files, warnings)
 
 
-def _compare(spm: SentencePieceModel, tokenizer: Any) -> tuple[int, list[str]]:
-    """How many texts were compared, and warnings. Raises TokenizerError when too many differ."""
+def _compare(spm: SentencePieceModel, tokenizer: Any) -> list[str]:
+    """Warnings about texts that get other ids. Raises TokenizerError when too many do."""
     warnings = []
     exceptions = spm.texts_without_prefix()
     if exceptions:
@@ -149,7 +149,7 @@ def _compare(spm: SentencePieceModel, tokenizer: Any) -> tuple[int, list[str]]:
         )
     if reason:
         warnings.append(f"{spm.file}: {reason}: rare texts may get other ids than SentencePiece gives ({count})")
-    return len(texts), warnings
+    return warnings
 
 
 def _stage_json(
@@ -159,10 +159,10 @@ def _stage_json(
     for name, companion in {"tokenizer.json": file, **given.companions}.items():
         if companion.suffix == ".json":
             _read_json(companion)
-        shutil.copyfile(companion, stage / name)
+        _copy(companion, stage / name)
     settings = given.settings or _guess_settings(tokenizer, given.companions, config)
     # Any other class may rebuild the tokenizer by its own rules instead of loading tokenizer.json as it is.
-    _dump(stage / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    _dump(stage / TOKENIZER_CONFIG, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     tokenizer = _load(stage, file)
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -174,8 +174,7 @@ def _stage_json(
             f"{file}: has tokens that {spm.file.name} lacks, so it was kept, but {len(differing)} of {len(texts)} "
             f"test texts get other ids than {spm.file.name} gives, first {_shorten(differing[0])}"
         )
-    files = ["tokenizer.json", "tokenizer_config.json", *given.companions]
-    return TokenizerReport(files, size, len(texts), warnings)
+    return TokenizerReport(["tokenizer.json", TOKENIZER_CONFIG, *given.companions], warnings)
 
 
 def _has_more_tokens(json_file: Path, spm: SentencePieceModel) -> bool:
@@ -201,7 +200,7 @@ def _parse_tokenizer(file: Path) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exceptions
-        raise TokenizerError(f"{file}: not a tokenizer that can be loaded ({one_line(error)}); copy it again") from None
+        raise TokenizerError(f"{file}: not a tokenizer that can be loaded ({quoted(error)}); copy it again") from None
 
 
 # ------------------------------------------------------------------------------------------------- comparison
@@ -252,7 +251,7 @@ def _load(folder: Path, source: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library's panics are no Exceptions
-        raise TokenizerError(f"{source}: transformers cannot load it ({one_line(error)}); copy it again") from None
+        raise TokenizerError(f"{source}: transformers cannot load it ({quoted(error)}); copy it again") from None
 
 
 def _check_vocab_size(file: Path, size: int, config: Json) -> None:
@@ -279,16 +278,13 @@ def _ids(value: int | list[int] | None) -> list[int]:
     return [id for id in ids if isinstance(id, int) and id >= 0]
 
 
-def _read_json(file: Path, missing_ok: bool = False) -> Json:
-    if missing_ok and not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise TokenizerError(f"{file}: not readable as JSON ({one_line(error)}); copy it again") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file}: a JSON object was expected, not a {type(content).__name__}; copy it again")
-    return content
+def _read_json(file: Path) -> Json:
+    return read_json(file, LARGEST_FILE, TokenizerError)
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Not shutil's: what cannot be read is the tokenizer's fault, what cannot be written is not."""
+    target.write_bytes(read_bytes(file, LARGEST_FILE, TokenizerError))
 
 
 def _dump(file: Path, content: Json) -> None:

@@ -29,7 +29,7 @@ def convert() -> None:
 )
 @click.option("--config", type=Path, metavar="FILE", help="The model's config.json, where SOURCE has none.")
 @click.option("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model or tokenizer.json, or a folder with it.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model directory.")
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite too.")
 def mlx(source, out, dtype, config, tokenizer, overwrite, allow_nonfinite):
     """Convert SOURCE, a PyTorch checkpoint (folder or file), to the MLX model directory OUT."""

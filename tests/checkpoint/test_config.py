@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from mlx_ttt.checkpoint.config import find_config, read_config, written_config
+from mlx_ttt.checkpoint.config import find_config, read_config, refuse_quantized, written_config
 from mlx_ttt.errors import CheckpointError
 
 GOOD = {
@@ -54,8 +54,6 @@ def test_every_golden_config(golden_dir):
         ({"model_type": 7}, "model of type 7"),
         ({"architectures": ["LlamaForCausalLM"]}, "model of type LlamaForCausalLM"),
         ({"architectures": "MambaForCausalLM"}, "model of type MambaForCausalLM"),
-        ({"quantization": {"bits": 4}}, "are quantized"),
-        ({"quantization_config": {"bits": 4}}, "are quantized"),
         ({"hidden_size": 63}, "hidden_size"),
         ({"hidden_size": 66, "num_attention_heads": 6}, "hidden_size 66"),
         ({"hidden_size": "64"}, "hidden_size is '64'"),
@@ -87,6 +85,15 @@ def test_bad_field(read, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
         read(GOOD | change)
     assert "config.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("field", ["quantization", "quantization_config"])
+def test_quantized(read, tmp_path, field):
+    """Such a model can be loaded, so the config is a good one; but it cannot be converted."""
+    config, _ = read(GOOD | {field: {"bits": 4}})
+    with pytest.raises(CheckpointError, match=r"config\.json: the weights are quantized; convert the original"):
+        refuse_quantized(config, tmp_path / "config.json")
+    refuse_quantized(GOOD, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("depth", [10, 300, 900, 950, 980, 10**5])

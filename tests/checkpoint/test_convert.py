@@ -13,8 +13,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_ttt.checkpoint import convert as convert_module
+from mlx_ttt.checkpoint.config import read_config
 from mlx_ttt.checkpoint.convert import convert, inspect
 from mlx_ttt.checkpoint.parameters import Parameters
+from mlx_ttt.checkpoint.safetensors import read_safetensors
+from mlx_ttt.checkpoint.tensor import Tensor
 from mlx_ttt.errors import CheckpointError, OutputError, TokenizerError
 from mlx_ttt.loading import load_model
 from mlx_ttt.model import Model, ModelArgs
@@ -108,10 +111,10 @@ def test_golden_logits_of_half_precision(golden_dir, out, name):
 def test_report_and_files(source, out):
     weights = official()
     report = convert(save(source, weights), out)
-    assert report.out == out and report.files == ("config.json", "model.safetensors")
-    assert report.tensors == len(weights) and report.parameters == sum(w.size for w in weights.values())
+    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors"}
+    assert report.parameters == sum(w.size for w in weights.values())
     assert report.bytes_by_dtype == {"float32": 4 * report.parameters}
-    assert report.tokenizer is None and "--tokenizer FILE" in report.warnings[0]
+    assert ["--tokenizer FILE" in warning for warning in report.warnings] == [True]
     config = json.loads((out / "config.json").read_text())
     assert config["torch_dtype"] == "float32" and config["model_type"] == "ttt" and config["eos_token_id"] == 2
     assert ModelArgs.from_dict(config) == ARGS
@@ -189,7 +192,7 @@ def test_transposed_and_shared_storage(source, out):
 def test_shards(source, out, monkeypatch):
     monkeypatch.setattr(convert_module, "LARGEST_SHARD", 3000)
     weights = official()
-    report = convert(save(source, weights), out)
+    convert(save(source, weights), out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(w.nbytes for w in weights.values())
     shards = sorted(out.glob("*.safetensors"))
@@ -198,9 +201,11 @@ def test_shards(source, out, monkeypatch):
         arrays = mx.load(str(shard))
         assert {name for name, file in index["weight_map"].items() if file == shard.name} == arrays.keys()
         assert sum(array.nbytes for array in arrays.values()) <= 3000 or len(arrays) == 1
-    assert set(report.files) == {"config.json", "model.safetensors.index.json", *(shard.name for shard in shards)}
+    others = {"config.json", "model.safetensors.index.json"}
+    assert {file.name for file in out.iterdir()} == others | {shard.name for shard in shards}
     assert_same_weights(out, weights)
     load_model(out)
+    convert(source, out, overwrite=True)  # so many files are a model directory still
 
 
 def test_progress(source, out):
@@ -224,20 +229,30 @@ def test_tokenizer_beside_the_weights(source, out, shakespeare_dir):
     source = save(source, official(replace(ARGS, vocab_size=2048)), CONFIG | {"vocab_size": 2048})
     shutil.copy(shakespeare_dir / "tokenizer.model", source)
     report = convert(source, out)
-    assert report.tokenizer and "tokenizer.json" in report.files and not report.warnings
+    assert (out / "tokenizer.json").is_file() and not report.warnings
+    convert(source, out, overwrite=True)
 
 
 def test_tokenizer_from_elsewhere(source, out, shakespeare_dir):
     source = save(source, official(replace(ARGS, vocab_size=2048)), CONFIG | {"vocab_size": 2048})
     report = convert(source, out, tokenizer=shakespeare_dir / "tokenizer.model")
-    assert report.tokenizer and (out / "tokenizer.json").is_file()
+    assert (out / "tokenizer.json").is_file() and not report.warnings
 
 
-def test_tokenizer_that_is_none(source, out, tmp_path):
+@pytest.mark.parametrize("place", ["empty", "source"])
+def test_tokenizer_that_is_none(source, out, tmp_path, place):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(TokenizerError, match=r"empty: holds neither tokenizer\.model nor"):
-        convert(save(source, official()), out, tokenizer=tmp_path / "empty")
+    with pytest.raises(TokenizerError, match=rf"{place}: holds neither tokenizer\.model nor"):
+        convert(save(source, official()), out, tokenizer=tmp_path / place)
     assert not out.exists()
+
+
+def test_tokenizer_that_cannot_be_read(source, out, unreadable, shakespeare_dir):
+    source = save(source, official(replace(ARGS, vocab_size=2048)), CONFIG | {"vocab_size": 2048})
+    file = unreadable(Path(shutil.copy(shakespeare_dir / "tokenizer.model", source)))
+    with pytest.raises(TokenizerError, match=f"^{file}: Permission denied$"):
+        convert(source, out)
+    assert list(out.parent.iterdir()) == [source]
 
 
 def test_generation_config(source, out):
@@ -245,6 +260,25 @@ def test_generation_config(source, out):
     (source / "generation_config.json").write_text('{"eos_token_id": 7}')
     convert(source, out)
     assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 7}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_text("{"),
+        lambda file: file.write_text("[]"),
+        lambda file: file.mkdir(),
+        lambda file: file.symlink_to("absent"),
+    ],
+)
+def test_damaged_generation_config(source, out, damage):
+    """Most models have none: no reason not to convert the rest."""
+    file = save(source, official()) / "generation_config.json"
+    damage(file)
+    report = convert(source, out)
+    assert report.warnings[0].startswith(f"{file}: ") and report.warnings[0].endswith("; left out")
+    assert "\n" not in report.warnings[0]
+    assert not (out / file.name).exists()
 
 
 class TestTiedHead:
@@ -290,6 +324,27 @@ def without(name):
             r"conv_k\.weight has shape \(12, 4, 1\), .* \(12, 3, 1\)",
         ),
         (lambda w: w | {GATE: np.ones((20, 12), np.int8)}, {}, "holds int8, not floating-point"),
+        (
+            lambda w: w | {"model.layers.9.extra": np.ones(3)},
+            {},
+            r"model\.layers\.9\.extra is not in a model of this config",
+        ),
+        (
+            lambda w: {f"net.{n.removeprefix('model.')}": v for n, v in w.items()},
+            {},
+            r"model\.net\.embed_tokens\.weight is not the name of a TTT model's parameter, nor are \d\d other names",
+        ),
+        (
+            lambda w: {
+                n.replace("seq_modeling_block", "attn").replace("mlp", "ff").replace("norm", "ln"): v
+                for n, v in w.items()
+                if "conv" not in n
+            },
+            {},
+            r"model\.layers\.0\.attn\.W1 is not the name",
+        ),
+        (lambda w: {n: v for n, v in w.items() if "layers" not in n}, {}, "tensors are of 0 layers"),
+        (lambda w: w, {"quantization": {"bits": 4}}, "are quantized"),
         (lambda w: w, {"num_hidden_layers": 3}, "num_hidden_layers is 3, but the tensors are of 2"),
         (lambda w: w, {"num_hidden_layers": 10**4}, "num_hidden_layers is 10000, but"),
         (lambda w: w, {"vocab_size": 38}, r"embed_tokens\.weight has shape \(37, 12\), .* \(38, 12\)"),
@@ -380,9 +435,82 @@ def test_out_is_the_source(source, place):
     save(source, official())
     shutil.copy(source / "config.json", source.parent)
     (source.parent / "link").symlink_to(source)
-    with pytest.raises(OutputError, match="the checkpoint itself is in there"):
+    with pytest.raises(OutputError, match="which is to be read, lies there"):
         convert(source, source / place, overwrite=True)
     assert (source / "pytorch_model.bin").is_file()
+
+
+class TestOutHoldsWhatIsRead:
+    """A model directory that could be overwritten, if it were not for what is read from it."""
+
+    def refused(self, out: Path, *arguments, **options) -> None:
+        before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+        with pytest.raises(OutputError, match="which is to be read, lies there; choose another place"):
+            convert(*arguments, overwrite=True, **options)
+        assert before == {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
+
+    @pytest.fixture
+    def old(self, source, out) -> Path:
+        convert(save(source, official()), out)
+        return out
+
+    def test_the_model_itself(self, old):
+        self.refused(old, old, old)
+        self.refused(old, old / "model.safetensors", old)
+
+    def test_another_name_of_the_model(self, old):
+        old.with_name("link").symlink_to(old)
+        self.refused(old, old.with_name("link"), old)
+        self.refused(old, old, old.with_name("link"))
+
+    def test_the_file_that_a_link_leads_to(self, old, tmp_path):
+        """As in the Hub's cache, where a snapshot's files are links to blobs."""
+        snapshot = tmp_path / "snapshot"
+        snapshot.mkdir()
+        (snapshot / "config.json").write_text(json.dumps(CONFIG))
+        (snapshot / "model.safetensors").symlink_to("../out/model.safetensors")
+        self.refused(old, snapshot, old)
+
+    def test_the_link(self, source, out, tmp_path):
+        blob = save(source, official()) / "pytorch_model.bin"
+        blob.rename(tmp_path / "blob")
+        blob.symlink_to("../blob")
+        self.refused(out, source, source)
+        self.refused(out, blob, blob)
+        elsewhere = tmp_path / "elsewhere"
+        elsewhere.mkdir()
+        shutil.copy(source / "config.json", elsewhere)
+        self.refused(out, blob, source, config=elsewhere / "config.json", tokenizer=elsewhere)
+
+    @pytest.mark.parametrize("option, name", [("config", "config.json"), ("tokenizer", "config.json")])
+    def test_a_file_that_is_given(self, source, old, option, name):
+        self.refused(old, source, old, **{option: old / name})
+        link = old.with_name("link")
+        link.symlink_to(old / name)
+        self.refused(old, source, old, **{option: link})
+
+    def test_a_folder_that_is_given(self, source, old):
+        self.refused(old, source, old, tokenizer=old)
+
+    def test_files_elsewhere(self, source, old):
+        shutil.copy(old / "config.json", old.with_name("mine.json"))
+        convert(source, old, overwrite=True, config=old.with_name("mine.json"))
+
+
+def test_out_is_a_link_to_a_model(source, out):
+    convert(save(source, official()), out)
+    link = out.with_name("link")
+    link.symlink_to(out)
+    with pytest.raises(OutputError, match="link: is a link, so --overwrite leaves it alone"):
+        convert(source, link, overwrite=True)
+    assert link.is_symlink() and (out / "config.json").is_file()
+
+
+def test_out_by_way_of_a_link(source, out, tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link").symlink_to("deep")
+    convert(save(source, official()), tmp_path / "link" / ".." / "out")
+    assert (out / "config.json").is_file()
 
 
 def test_out_is_a_link_to_itself(source, out):
@@ -393,9 +521,24 @@ def test_out_is_a_link_to_itself(source, out):
 
 def test_disk_full(source, out, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(OutputError, match=r"disk is full: 0\.03 GB are needed, 0\.00 GB are free"):
+    with pytest.raises(OutputError, match=r"disk is full: 0\.00 GB are needed, 0\.00 GB are free"):
         convert(save(source, official()), out)
     assert list(out.parent.iterdir()) == [source]
+
+
+def test_disk_with_little_to_spare(source, out, monkeypatch, shakespeare_dir):
+    """Enough for what is written is enough; the tokenizer alone needs more than its own size."""
+    weights = official(replace(ARGS, vocab_size=2048))
+    save(source, weights, CONFIG | {"vocab_size": 2048})
+    needed = sum(array.nbytes for array in weights.values()) + 2**20
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, needed))
+    convert(source, out)
+    shutil.copy(shakespeare_dir / "tokenizer.model", source)
+    with pytest.raises(OutputError, match="disk is full"):
+        convert(source, out, overwrite=True)
+    needed += 8 * (source / "tokenizer.model").stat().st_size
+    convert(source, out, overwrite=True)
+    assert sum(file.stat().st_size for file in out.iterdir()) <= needed
 
 
 class TestInspect:
@@ -405,8 +548,7 @@ class TestInspect:
         save(source, weights | tied | {GATE: bfloat16(weights[GATE])})
         (source / "tokenizer.model").touch()
         inspection = inspect(source)
-        assert inspection.format == "PyTorch" and inspection.files == (source / "pytorch_model.bin",)
-        assert inspection.args == ARGS and inspection.has_head
+        assert inspection.format == "PyTorch" and inspection.args == ARGS
         assert inspection.tensors == len(weights)
         assert inspection.parameters == sum(w.size for w in weights.values())
         assert inspection.bytes_by_dtype == {"float32": 4 * (inspection.parameters - 240), "bfloat16": 480}
@@ -424,6 +566,32 @@ class TestInspect:
     def test_nothing_there(self, source):
         with pytest.raises(CheckpointError, match="no such file"):
             inspect(source)
+
+    def test_folder_that_cannot_be_read(self, source, out, unreadable):
+        unreadable(save(source, official()))
+        for look in (inspect, lambda source: convert(source, out)):
+            with pytest.raises(CheckpointError, match=f"^{source}: Permission denied$"):
+                look(source)
+
+    def test_tokenizer_that_cannot_be_reached(self, source, unreadable):
+        save(source, official())
+        secret = source / "secret"
+        (source / "tokenizer.model").symlink_to(secret / "tokenizer.model")
+        secret.mkdir()
+        unreadable(secret)
+        assert inspect(source).tokenizer_files == ()
+
+
+@pytest.mark.parametrize("name", ["linear-mamba", "mlp-transformer"])
+def test_a_model_directory_has_no_problems(golden_dir, out, name):
+    """Though its convolutions lie otherwise than the official ones; but one that is damaged has."""
+    convert(golden_dir / name, out)
+    _, args = read_config(out / "config.json")
+    tensors = read_safetensors(out / "model.safetensors")
+    assert Parameters(args).problems(tensors) == []
+    for changed in tensors:
+        wrong = Tensor((*tensors[changed].shape[:-1], 7), mx.float32, tensors[changed].read)
+        assert any(changed in problem for problem in Parameters(args).problems(tensors | {changed: wrong}))
 
 
 def test_names_without_building_the_model():

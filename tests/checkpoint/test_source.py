@@ -179,6 +179,34 @@ def test_nothing_there(tmp_path):
         open_source(tmp_path)
 
 
+def test_folder_that_cannot_be_read(tmp_path, weights, unreadable):
+    save_torch(tmp_path / "pytorch_model.bin", weights)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}: Permission denied$"):
+        open_source(unreadable(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "a.pt"])
+def test_file_that_cannot_be_read(tmp_path, weights, unreadable, name):
+    file = save_torch(tmp_path / name, weights)
+    unreadable(file)
+    for path in (tmp_path, file):
+        with pytest.raises(CheckpointError, match=f"^{file}: Permission denied$"):
+            open_source(path)
+
+
+def test_shard_that_cannot_be_reached(tmp_path, weights, unreadable):
+    save_shards(tmp_path, weights)
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    shard = tmp_path / "pytorch_model-00002-of-00002.bin"
+    shutil.move(shard, blobs / "b")
+    shard.symlink_to(blobs / "b")
+    assert_holds(open_source(tmp_path), weights)
+    unreadable(shard)
+    with pytest.raises(CheckpointError, match=f"^{shard}: Permission denied$"):
+        open_source(tmp_path)
+
+
 def test_several_files(tmp_path, weights):
     for name in ("a.pt", "b.pt"):
         save_torch(tmp_path / name, weights)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from mlx_ttt.checkpoint import sentencepiece_model
+from mlx_ttt.checkpoint import tokenizer as tokenizer_module
 from mlx_ttt.checkpoint.tokenizer import write_tokenizer
 from mlx_ttt.errors import TokenizerError
 
@@ -48,7 +53,6 @@ def out(tmp_path):
 def test_ids_and_text_equal_sentencepiece(name):
     model = exact(name)
     assert model.report.warnings == []
-    assert model.report.texts_compared > len(model.reference)
 
     @fuzz(250)
     @given(texts(model.pieces))
@@ -239,8 +243,9 @@ def test_sentencepiece_wins_over_a_tokenizer_json_with_no_more_tokens(json_dir, 
     (json_dir / "tokenizer.json").write_text(json.dumps(content))
     shutil.copy(model_file, json_dir)
     report = write_tokenizer(json_dir, out, CONFIG)
-    assert report.texts_compared > 0
     assert not report.warnings
+    written = json.loads((out / "tokenizer.json").read_text())["model"]["merges"]
+    assert written == content["model"]["merges"][::-1]
 
 
 def test_tokenizer_json_with_more_tokens_is_kept_and_compared(json_dir, model_file, out):
@@ -327,7 +332,63 @@ def test_features_without_an_equal(change, word, model_file, tmp_path, out):
 
 
 def test_missing_file(tmp_path, out):
-    _refused(tmp_path / "tokenizer.model", out, "no such file")
+    _refused(tmp_path / "tokenizer.model", out, "tokenizer.model: No such file")
+
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"]
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_file_that_cannot_be_read(name, json_dir, model_file, out, unreadable):
+    """Not a file that is not there: to go on without it could give other tokens."""
+    if name == "tokenizer.model":
+        (json_dir / "tokenizer.json").unlink()
+        shutil.copy(model_file, json_dir)
+    else:
+        (json_dir / name).touch()
+    unreadable(json_dir / name)
+    _refused(json_dir, out, f"{json_dir / name}: Permission denied")
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_link_that_leads_nowhere(name, json_dir, out):
+    (json_dir / name).unlink(missing_ok=True)
+    (json_dir / name).symlink_to(name)
+    if name == "tokenizer.model":
+        (json_dir / "tokenizer.json").unlink()
+    _refused(json_dir, out, f"{json_dir / name}: ")
+
+
+def test_folder_that_cannot_be_read(json_dir, out, unreadable):
+    _refused(unreadable(json_dir), out, f"{json_dir}: Permission denied")
+
+
+@pytest.mark.parametrize("name", TOKENIZER_FILES)
+def test_file_without_end(name, json_dir, out, monkeypatch):
+    for module in (tokenizer_module, sentencepiece_model):
+        monkeypatch.setattr(module, "LARGEST_FILE", 10**6)
+    (json_dir / name).write_bytes(b" " * (10**6 + 1))
+    if name == "tokenizer.model":
+        (json_dir / "tokenizer.json").unlink()
+    _refused(json_dir, out, f"{json_dir / name}: has more than 1,000,000 bytes")
+
+
+def test_nothing_is_written_elsewhere(model_file, tmp_path, out, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    report = write_tokenizer(model_file, out, CONFIG)
+    assert sorted(report.files) == sorted(file.name for file in out.iterdir())
+
+
+def test_full_disk_is_not_the_tokenizers_fault(model_file, out, monkeypatch):
+    """The caller knows which disk is full, and says so."""
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tokenizer(model_file, out, CONFIG)
+    assert list(out.iterdir()) == []
 
 
 def test_a_conversion_that_differs_from_sentencepiece_is_refused(model_file, out, monkeypatch):

@@ -1,0 +1,58 @@
+"""The files of a model directory, by which one is told from a folder that holds anything else."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+from ..errors import CheckpointError, OutputError
+from .untrusted import read_json
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_NAMES = {
+    *(CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, "README.md"),
+    ".DS_Store",  # Finder leaves it wherever it looks
+    *(*TOKENIZER_FILES, TOKENIZER_CONFIG, *TOKENIZER_COMPANIONS),
+}
+
+
+def shard_name(number: int, count: int) -> str:
+    return f"model-{number:05}-of-{count:05}.safetensors"
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Only a model directory of ours may be replaced: its files and nothing else, or an empty folder.
+
+    Raises:
+        OutputError: `folder` is something else; it says what.
+    """
+    if why := _foreign(folder):
+        raise OutputError(f"{folder}: {why}, so --overwrite leaves it alone; choose another place")
+
+
+def _foreign(folder: Path) -> str | None:
+    if not stat.S_ISDIR(os.lstat(folder).st_mode):
+        return "is a link" if folder.is_symlink() else "is not a folder"
+    names = sorted(os.listdir(folder))
+    for name in names:
+        if name not in _NAMES and not _SHARD.fullmatch(name):
+            return f"holds {name!r}, which is no part of a model directory"
+        if not stat.S_ISREG(os.lstat(folder / name).st_mode):
+            return f"holds {name!r}, which is not a plain file"
+    return _not_ours(folder / CONFIG) if names else None
+
+
+def _not_ours(config: Path) -> str | None:
+    try:
+        ours = read_json(config).get("model_type") == "ttt"
+    except CheckpointError:
+        ours = False
+    return None if ours else f"has no {CONFIG} of a TTT model"

@@ -1,0 +1,37 @@
+"""What several tests of this room need."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def unreadable(monkeypatch) -> Callable[[Path], Path]:
+    """Takes away the permission to read a file or a folder, also from root, whom no file mode keeps out."""
+
+    def guard(module: object, function: str, denied: Callable[[str], bool]) -> None:
+        original = getattr(module, function)
+
+        def guarded(where, *args, **kwargs):
+            if denied(str(where)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(where))
+            return original(where, *args, **kwargs)
+
+        monkeypatch.setattr(module, function, guarded)
+
+    def take(path: Path) -> Path:
+        inside = f"{path}{os.sep}"
+        guard(os, "listdir", lambda where: where == str(path))
+        guard(os, "stat", lambda where: where.startswith(inside))
+        for module in (io, builtins):
+            guard(module, "open", lambda where: where == str(path) or where.startswith(inside))
+        return path
+
+    return take
