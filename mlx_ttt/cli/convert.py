@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .command import CONTEXT, Command, Progress
+from .coreml import coreml, verify
 
 if TYPE_CHECKING:
     from ..checkpoint.convert import Inspection
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group(context_settings=CONTEXT)
 def convert() -> None:
-    """Convert checkpoints of TTT language models."""
+    """Convert checkpoints of TTT language models: to MLX, and from there to Core ML."""
 
 
 @convert.command(cls=Command, context_settings=CONTEXT)
@@ -84,3 +85,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "backbone", ", ".join(flags) or "no convolutions, separate q and k, no gate"
         yield "lm_head", "tied to the embedding" if args.tie_word_embeddings else "of its own"
     yield "tokenizer", ", ".join(found.tokenizer_files) or "none: add one when converting, with --tokenizer FILE"
+
+
+convert.add_command(coreml)
+convert.add_command(verify)

@@ -1,0 +1,78 @@
+"""How long an export to Core ML takes, and how much memory: random models of the released sizes.
+
+    python benchmarks/export_coreml.py 350M
+    python benchmarks/export_coreml.py 1.3B --weights int8 --kind mlp
+
+The model directory and the package are made in a temporary folder and removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+SIZES = {  # hidden size, intermediate size, layers, heads
+    "125M": (768, 2048, 12, 12),
+    "350M": (1024, 2736, 24, 16),
+    "760M": (1536, 4096, 24, 16),
+    "1.3B": (2048, 5504, 24, 32),
+}
+
+
+def make(folder: Path, size: str, kind: str) -> None:
+    """A random float16 model with all flags set."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_ttt.model import Model, ModelArgs
+
+    hidden, intermediate, layers, heads = SIZES[size]
+    args = ModelArgs(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ttt_layer_type=kind,
+        pre_conv=True,
+        share_qk=True,
+        use_gate=True,
+    )
+    model = Model(args)
+    follows = model.cast_predicate
+    weights = tree_flatten(model.parameters())
+    del model
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), {name: w.astype(mx.float16) if follows(name) else w for name, w in weights}
+    )
+    (folder / "config.json").write_text(json.dumps(asdict(args)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("--kind", choices=["linear", "mlp"], default="linear")
+    parser.add_argument("--weights", choices=["float16", "int8", "int4"], default="float16")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.make:
+        make(given.make, given.size, given.kind)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model, out = Path(folder, "model"), Path(folder, "Model.mlpackage")
+        model.mkdir()
+        # In a process of its own, so that its memory is not counted.
+        subprocess.run([sys.executable, __file__, given.size, "--kind", given.kind, "--make", model], check=True)
+        from mlx_ttt.cli.coreml import coreml
+
+        coreml([str(model), str(out), "--weights", given.weights, "--no-companions"])
+
+
+if __name__ == "__main__":
+    main()

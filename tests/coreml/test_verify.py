@@ -1,0 +1,85 @@
+"""The comparison of a package with its model, as a command and as numbers."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("coremltools", reason='needs coremltools: pip install "mlx-ttt[coreml]"')
+
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+
+import mlx_ttt
+from mlx_ttt.cli.coreml import verify as command
+from mlx_ttt.coreml.verify import divergence, overlap, verify
+from mlx_ttt.errors import CheckpointError
+
+
+def test_figures(exported, model_dirs):
+    rounded, exact = verify(exported, model_dirs("mlp-mamba"))
+    assert (rounded.where, exact.where) == ("interpreter", "interpreter, float32")
+    assert rounded.positions == exact.positions > 60
+    assert 0 < rounded.largest_difference <= 0.02
+    assert exact.largest_difference <= rounded.largest_difference
+    assert rounded.top1 >= 0.95
+    assert rounded.top5 >= 0.95
+    assert 0 < rounded.divergence < 1e-3
+    assert 0 < rounded.state_error < 0.01
+
+
+def test_a_package_with_another_number_is_found_out(exported, model_dirs, tmp_path):
+    """One weight of the last norm is larger than the model's."""
+    model, _ = mlx_ttt.load_model(model_dirs("mlp-mamba"))
+    stored = np.array(model.model.norm.weight).astype(np.float16)
+    changed = Path(shutil.copytree(exported, tmp_path / "Changed.mlpackage"))
+    file = changed / "Data/com.apple.CoreML/weights/weight.bin"
+    data = file.read_bytes()
+    assert data.count(stored.tobytes()) == 1
+    larger = stored.copy()
+    larger[3] += 4
+    file.write_bytes(data.replace(stored.tobytes(), larger.tobytes()))
+    for found in verify(changed, model_dirs("mlp-mamba"), tokens=30):
+        assert found.largest_difference > 0.02
+        assert found.state_error < 0.01
+
+
+def test_another_model(exported, model_dirs):
+    with pytest.raises(CheckpointError, match="exported from another model"):
+        verify(exported, model_dirs("linear-transformer"))
+
+
+def test_what_is_no_package_of_ours(model_dirs, tmp_path):
+    with pytest.raises(CheckpointError, match="no such package"):
+        verify(tmp_path / "none.mlpackage", model_dirs("mlp-mamba"))
+    (tmp_path / "empty.mlpackage").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        verify(tmp_path / "empty.mlpackage", model_dirs("mlp-mamba"))
+
+
+def test_command(exported, model_dirs):
+    result = CliRunner().invoke(command, [str(exported), "--against", str(model_dirs("mlp-mamba")), "--tokens", "40"])
+    assert result.exit_code == 0, result.output
+    for word in ("largest difference", "same best token", "same five best", "KL divergence", "state drift"):
+        assert word in result.stdout
+    result = CliRunner().invoke(command, [str(exported), "--against", str(model_dirs("linear-transformer"))])
+    assert result.exit_code == 2
+    assert re.fullmatch(r"error: [^\n]+another model[^\n]+\n", result.stderr)
+
+
+def test_overlap():
+    wanted = np.array([[5.0, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5]])
+    found = np.array([[5.0, 4, 0, 1, 2, 3], [5, 1, 2, 3, 4, 0]])
+    assert overlap(found, wanted, 1) == 0.5
+    assert overlap(found, wanted, 5) == pytest.approx((4 + 4) / 10)
+
+
+def test_divergence():
+    wanted = np.log([[0.5, 0.25, 0.25]])
+    assert divergence(wanted + 3, wanted) == pytest.approx(0, abs=1e-12)
+    even = np.zeros((1, 3))
+    assert divergence(even, wanted) == pytest.approx(0.5 * math.log(1.5) + 0.5 * math.log(0.75))
