@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 
 from ..errors import TTTError
@@ -16,6 +17,7 @@ def require_coremltools() -> None:
         TTTError: it is not installed, or has no native parts for this Python.
     """
     logging.getLogger("coremltools").setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it imports transformers, if that is there
     if importlib.util.find_spec("coremltools") is None:
         raise TTTError('Core ML packages need coremltools: pip install "mlx-ttt[coreml]"')
     if importlib.util.find_spec("coremltools.libmilstoragepython") is None:
