@@ -232,7 +232,7 @@ class TestProcess:
     def test_text_is_streamed(self):
         """The first words arrive long before the last."""
         process = subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", "-p", "ROMEO:\n", "-m", "400"], stdout=subprocess.PIPE
+            [sys.executable, ROOT / "generate.py", "-p", "ROMEO:\n", "-m", "200"], stdout=subprocess.PIPE
         )
         process.stdout.read(5)
         first = time.monotonic()

@@ -102,6 +102,7 @@ def test_it_learns_while_it_reads(trained, tempest, expected):
     assert found == pytest.approx(expected["tempest"]["bits_per_byte_without_inner_learning"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_state_does_not_grow(trained, tempest):
     """After 40 tokens and after 40 000."""
     model, _ = trained

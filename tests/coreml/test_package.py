@@ -119,6 +119,7 @@ class TestWeights:
         once = 2 * sum(w.size for _, w in tree_flatten(model.parameters()))
         assert once < weights_file(exported).stat().st_size < 1.35 * once  # masks, alignment
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "weights", "bytes_each", "bound"),
         [("mlp-transformer", "int8", 1 + 2 / 32, 0.02), ("linear-transformer", "int4", 0.5 + 2 / 32, 0.3)],
@@ -159,6 +160,7 @@ class TestOptions:
         ]
         assert np.array_equal(*answers)
 
+    @pytest.mark.slow
     def test_long_blocks(self, model_dirs, tmp_path):
         steps = []
         export(
@@ -265,6 +267,7 @@ class TestBadInput:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_export(self, tmp_path):
         out = tmp_path / "S.mlpackage"
         result = CliRunner().invoke(command, [str(mlx_ttt.bundled_model()), str(out), "--weights", "int8"])
