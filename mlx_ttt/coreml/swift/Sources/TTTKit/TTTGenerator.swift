@@ -102,7 +102,13 @@ public actor TTTGenerator {
         defer { partialCharacter = text.partialCharacter }
         for _ in 0..<options.maxTokens {
             let logits = try await readUnread()
-            let token = try sampler.next(logits)
+            let token: Int
+            do {
+                token = try sampler.next(logits)
+            } catch {
+                isIntact = false  // a state that gives such logits is not worth saving
+                throw error
+            }
             unread = [token]
             if endTokens.contains(token) { break }
             let piece = text.append(tokenizer.bytes(of: token))
