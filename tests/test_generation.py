@@ -287,7 +287,7 @@ def test_a_state_with_a_flipped_bit(bundled, saved, tmp_path):
     rng = np.random.default_rng(0)
     header = int.from_bytes(saved[:8], "little") + 8
     refused = 0
-    for n in range(200):
+    for n in range(80):
         data = bytearray(saved)
         data[rng.integers(header if n % 2 else len(data))] ^= 1 << rng.integers(8)
         (tmp_path / "state").write_bytes(data)
@@ -300,7 +300,7 @@ def test_a_state_with_a_flipped_bit(bundled, saved, tmp_path):
             for c, c_expected in zip(state.cache, expected.cache, strict=True):
                 assert mx.array_equal(c.rows, c_expected.rows)
                 assert mx.array_equal(c.weights[0], c_expected.weights[0])
-    assert refused > 190
+    assert refused > 74
 
 
 def test_a_state_of_another_model(bundled, saved, tmp_path):

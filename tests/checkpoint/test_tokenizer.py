@@ -54,7 +54,7 @@ def test_ids_and_text_equal_sentencepiece(name):
     model = exact(name)
     assert model.report.warnings == []
 
-    @fuzz(250)
+    @fuzz(100)
     @given(texts(model.pieces))
     def check(text):
         assert not model.differs(text)
@@ -63,7 +63,7 @@ def test_ids_and_text_equal_sentencepiece(name):
 
 
 def test_ids_and_text_of_the_trained_model(shakespeare):
-    @fuzz(500)
+    @fuzz(200)
     @given(texts(shakespeare.pieces))
     def check(text):
         assert not shakespeare.differs(text)

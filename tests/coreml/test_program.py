@@ -59,6 +59,7 @@ def test_the_graph_is_exact(packages, name):
         assert error(state, expected(model, ids[:n])[1]) <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_half_precision(packages, name):
     package = packages(name)
@@ -84,6 +85,7 @@ def test_half_precision_is_the_same_graph(packages, name):
     assert operations(packages(name)) == operations(packages(name, saved=False, compute="float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_every_configuration(kind, flags):

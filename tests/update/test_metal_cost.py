@@ -22,6 +22,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "form", "D"), TARGETS)
 def test_cost(model, form, D):
     of_bytes, of_multiplies, barriers = TARGETS[model, form, D]
