@@ -97,15 +97,19 @@ def verify(package, against, tokens):
 
     On macOS it runs in Core ML, on each compute unit in turn, with a count of what Core ML plans to run where.
     Elsewhere an interpreter runs the saved program and rounds as it declares: that checks the graph and the weights.
+    Of a pair exported with --separate, PACKAGE is the name without -decode or -prefill.
     """
     from ..coreml import require_coremltools
 
     require_coremltools()
-    from ..coreml.verify import verify
+    from ..coreml.verify import Refusal, verify
 
     with Progress("comparing") as progress:
         comparisons = verify(package, against, tokens=tokens, progress=progress)
     for found in comparisons:
+        if isinstance(found, Refusal):
+            click.echo(f"{found.where}: refused: {found.reason}")
+            continue
         click.echo(f"{found.where}, {found.positions} positions:")
         click.echo(f"  largest difference  {found.largest_difference:.2e} of the largest logit")
         click.echo(f"  same best token     {found.top1:.1%}")

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from .. import __version__
+from ..checkpoint.sentencepiece_model import LARGEST_FILE
+from ..checkpoint.untrusted import read_json
 from ..detokenizer import SentencePieceDetokenizer
 from ..errors import TokenizerError
 from ..generation import encode, stream_generate
@@ -58,15 +60,18 @@ _COMPONENTS = {
 }
 
 
-def write_companions(out: Path, model: Path, package: str, args: ModelArgs, layout: Json) -> None:
-    """Write the companions of a package.
+def write_companions(
+    out: Path, model: Path, packages: Sequence[str], args: ModelArgs, layout: Json, stateful: bool = True
+) -> None:
+    """Write the companions of a package, or of the two of a separate pair.
 
     Args:
         out: an existing folder.
         model: the model directory that the package was made from.
-        package: the package's name, NAME.mlpackage.
+        packages: the packages' names without .mlpackage; of a pair, decode first.
         args: the model's configuration.
         layout: the state's, as the package's metadata says it; its `shape` is used.
+        stateful: whether Core ML keeps the state.
 
     Raises:
         CheckpointError: `model` is no model directory.
@@ -78,15 +83,15 @@ def write_companions(out: Path, model: Path, package: str, args: ModelArgs, layo
 
     tokenizer_json = _write_tokenizer(out, model)
     _dump(out / "pieces.json", _pieces(tokenizer._tokenizer, tokenizer_json))
-    own_config = _read(model / "config.json")
+    own_config = read_json(model / "config.json")
     _dump(out / "config.json", {k: v for k, v in own_config.items() if not k.startswith("quantization")})
-    _dump(out / "generation_config.json", _generation_config(model, config))
+    _dump(out / "generation_config.json", _generation_config(model, tokenizer))
     _dump(out / "expected.json", _expected(network, tokenizer))
     for source in (_SWIFT / "Package.swift", *_SWIFT.glob("Sources/**/*.swift"), *_SWIFT.glob("Tests/**/*.swift")):
         target = out / "TTTKit" / source.relative_to(_SWIFT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
-    _write_readme(out, package, args, layout, tokenizer_json)
+    _write_readme(out, packages, args, layout, stateful, tokenizer_json)
 
 
 # ------------------------------------------------------------------------------------------------- tokenizer
@@ -94,9 +99,10 @@ def write_companions(out: Path, model: Path, package: str, args: ModelArgs, layo
 
 def _write_tokenizer(out: Path, model: Path) -> Json:
     """tokenizer.json and tokenizer_config.json for swift-transformers: the same ids, said in words that it knows."""
-    content = _read(model / "tokenizer.json")
-    settings = _read(model / "tokenizer_config.json") if (model / "tokenizer_config.json").is_file() else {}
-    _refuse_unknown(content, model / "tokenizer.json")
+    file, config = model / "tokenizer.json", model / "tokenizer_config.json"
+    content = read_json(file, LARGEST_FILE, TokenizerError)
+    settings = read_json(config, LARGEST_FILE, TokenizerError) if config.is_file() else {}
+    _refuse_unknown(content, file)
 
     kind = content["model"]["type"]
     settings["tokenizer_class"] = _TOKENIZER_CLASSES[kind]
@@ -144,7 +150,7 @@ def _components(part: Json | None) -> Iterator[Json]:
 
 def _pieces(tokenizer: Any, tokenizer_json: Json) -> list[str | list[int]]:
     """What each token adds to a text: text, or bytes that are no text by themselves."""
-    names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    names = tokenizer.convert_ids_to_tokens(list(range(max(tokenizer.get_vocab().values()) + 1)))
     if any(component["type"] == "ByteLevel" for component in _components(tokenizer_json.get("decoder"))):
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         return ["" if id in special else _text_or_bytes(_byte_level(name)) for id, name in enumerate(names)]
@@ -179,24 +185,29 @@ def _text_or_bytes(data: bytes) -> str | list[int]:
 # ------------------------------------------------------------------------------------------------- other files
 
 
-def _generation_config(model: Path, config: Json) -> Json:
+def special_ids(tokenizer: Any) -> Json:
+    """The ids that begin and end a text, as an mlx-lm TokenizerWrapper has them."""
+    eos = sorted(id for id in tokenizer.eos_token_ids if id is not None)
+    return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
+
+
+def _generation_config(model: Path, tokenizer: Any) -> Json:
     file = model / "generation_config.json"
-    own = _read(file) if file.is_file() else _SAMPLING
-    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id") if config.get(name) is not None}
-    return ids | own
+    own = read_json(file) if file.is_file() else _SAMPLING
+    return own | {name: ids for name, ids in special_ids(tokenizer).items() if ids not in (None, [])}
 
 
 def _expected(model: Model, tokenizer: Any) -> Json:
-    """What MLX gives in float32."""
+    """What MLX gives in float32; of no prompt in which the tokenizer knows nothing."""
+    prompts = {prompt: encode(tokenizer, prompt, continues=False) for prompt in _PROMPTS}
     return {
         "made_by": f"mlx-ttt {__version__}, MLX, float32",
-        "prompts": [_continuation(model, tokenizer, prompt) for prompt in _PROMPTS],
+        "prompts": [_continuation(model, tokenizer, prompt, ids) for prompt, ids in prompts.items() if ids],
         "tokenization": [{"text": text, "ids": encode(tokenizer, text, continues=False)} for text in _TEXTS],
     }
 
 
-def _continuation(model: Model, tokenizer: Any, prompt: str) -> Json:
-    ids = encode(tokenizer, prompt, continues=False)
+def _continuation(model: Model, tokenizer: Any, prompt: str, ids: list[int]) -> Json:
     logits = model(mx.array([ids]))[0, -1]  # [V]
     best = mx.argsort(-logits)[:5].tolist()
     greedy = list(stream_generate(model, tokenizer, ids, max_tokens=_NEW_TOKENS))
@@ -209,12 +220,24 @@ def _continuation(model: Model, tokenizer: Any, prompt: str) -> Json:
     }
 
 
-def _write_readme(out: Path, package: str, args: ModelArgs, layout: Json, tokenizer_json: Json) -> None:
+def _write_readme(
+    out: Path, packages: Sequence[str], args: ModelArgs, layout: Json, stateful: bool, tokenizer_json: Json
+) -> None:
+    pair = len(packages) == 2
+    variables = ("decode", "prefill") if pair else ("model",)
+    urls = [
+        f'let {variable} = Bundle.main.url(forResource: "{name}", withExtension: "mlmodelc")'
+        for variable, name in zip(variables, packages, strict=True)
+    ]
     rows = [f"| `{name}` | {_size(out / name)} | {what} |" for name, what in _FILES.items()]
     unigram = tokenizer_json["model"]["type"] == "Unigram"
     text = Template((_ROOM / "companions.md").read_text(encoding="utf-8")).substitute(
-        package=package,
-        stem=Path(package).stem,
+        name=packages[0].removesuffix("-decode") if pair else packages[0],
+        form=("two " if pair else "a ") + "stateful " * stateful + "Core ML package" + "s" * pair,
+        packages=" and ".join(f"`{name}.mlpackage`" for name in packages),
+        compiled=" and ".join(f"`{name}.mlmodelc`" for name in packages),
+        urls=",\n            ".join(urls),
+        load="decode, prefill: prefill" if pair else "model",
         kind={"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type],
         layers=args.num_hidden_layers,
         hidden_size=f"{args.hidden_size:,}",
@@ -233,16 +256,6 @@ def _size(path: Path) -> str:
 
 def _human(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
-
-
-def _read(file: Path) -> Json:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{file}: holds a JSON {type(content).__name__}, not an object")
-    return content
 
 
 def _dump(file: Path, content: Any) -> None:

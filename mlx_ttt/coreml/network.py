@@ -15,6 +15,7 @@ import numpy as np
 from coremltools.converters.mil import Builder as mb
 from coremltools.converters.mil.mil import Var
 
+from ..errors import CheckpointError
 from ..model import ModelArgs
 from .call import Call
 from .ops import TYPE_NAMES, TYPES, cast, concat, split, total
@@ -30,10 +31,10 @@ class Network:
         self.read_mini_batch = {"linear": self.ttt_linear, "mlp": self.ttt_mlp}[args.ttt_layer_type]
 
     def const(self, x) -> np.ndarray:
-        return np.asarray(x, self.dtype)
+        return _finite(np.asarray(x, self.dtype))
 
     def inner_const(self, x) -> np.ndarray:
-        return np.asarray(x, self.inner)
+        return _finite(np.asarray(x, self.inner))
 
     def mask(self, condition: Var, dtype: type | None = None) -> Var:
         return mb.cast(x=condition, dtype=TYPE_NAMES[dtype or self.inner])
@@ -226,3 +227,9 @@ class Network:
         slope = mb.add(x=mb.mul(x=z_sq, y=number(3 * a * c / 2)), y=number(c / 2))
         bend = mb.mul(x=z, y=mb.sub(x=number(1), y=mb.square(x=tanh)))
         return mb.mul(x=z, y=half), mb.add(x=half, y=mb.mul(x=bend, y=slope))
+
+
+def _finite(x: np.ndarray) -> np.ndarray:
+    if not np.isfinite(x).all():
+        raise CheckpointError("a weight is not a finite number; the checkpoint is damaged, or its training diverged")
+    return x

@@ -25,6 +25,7 @@ from ..errors import CheckpointError, OutputError, TTTError
 from ..generation import fingerprint
 from ..loading import load_model, load_tokenizer
 from ..model import Model, ModelArgs
+from .companions import special_ids, write_companions
 from .program import Options, build, head_name
 from .state import StateLayout
 
@@ -79,7 +80,7 @@ def export(
         progress: called with the steps done so far and in all.
 
     Raises:
-        CheckpointError: `model_dir` is no TTT model, or a weight does not fit float16.
+        CheckpointError: `model_dir` is no TTT model, or a weight is not finite or does not fit float16.
         TokenizerError: companions are wanted and there is no tokenizer.
         OutputError: one of the outputs exists or cannot be written to.
         TTTError: an option does not fit the model.
@@ -93,30 +94,33 @@ def export(
 
     model, config = load_model(model_dir)
     _check_block(options, model.args)
+    ids = _own_ids(model_dir, config)
     if companions:
-        load_tokenizer(model_dir, config)
+        ids = special_ids(load_tokenizer(model_dir, config))
     layout = StateLayout.of(model.args)
-    metadata = _metadata(model_dir, model, config, weights, options, layout)
+    metadata = _metadata(model_dir, model, config, ids, weights, options, layout)
     nbytes = _expected_bytes(model, weights)
 
     steps = _Steps(progress, len(FUNCTIONS) * (len(model.layers) + 1) + 1)
     with ExitStack() as stack, _out_of_space(out, nbytes):
-        beside_folder = stack.enter_context(complete_folder(beside, 0)) if companions else None
+        if companions:  # first: a tokenizer that cannot be used shows here
+            folder = stack.enter_context(complete_folder(beside, 0))
+            names, stateful = [target.stem for target in targets], options.state_mode == "state"
+            write_companions(folder, model_dir, names, model.args, layout.description(), stateful)
         folders = [stack.enter_context(complete_folder(target, nbytes)) for target in targets]
         workshop = stack.enter_context(_workshop(out.parent))
-        parts, args = [workshop / f"{name}.mlpackage" for name in FUNCTIONS], model.args
-        for part in parts:
-            convert_function(model, part.stem, weights, options, part, steps)
+        parts = [workshop / f"{name}.mlpackage" for name in FUNCTIONS]
+        try:
+            for part in parts:
+                convert_function(model, part.stem, weights, options, part, steps)
+        except CheckpointError as error:
+            raise CheckpointError(f"{model_dir}: {error}") from None
         del model
         packages = parts if separate else [_merged(parts, workshop)]
         for package, folder in zip(packages, folders, strict=True):
             _describe(package, metadata)
             for entry in package.iterdir():
                 shutil.move(entry, folder / entry.name)
-        if beside_folder:
-            from .companions import write_companions
-
-            write_companions(beside_folder, model_dir, out.name, args, layout.description())
         steps()
         size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     return Report(tuple(targets), beside if companions else None, size, layout, peak_memory())
@@ -136,7 +140,9 @@ def convert_function(
         try:
             program = build(model, name, options, step)
         except FloatingPointError:
-            raise CheckpointError("a weight does not fit float16, which ends at 65504") from None
+            raise CheckpointError(
+                "a weight does not fit float16, which ends at 65504; --compute mixed has the inner model's in float32"
+            ) from None
     with redirect_stderr(io.StringIO()):  # its progress bars
         ct.convert(
             program,
@@ -192,26 +198,34 @@ def _merged(parts: list[Path], workshop: Path) -> Path:
 
 
 def _metadata(
-    model_dir: Path, model: Model, config: dict, weights: str, options: Options, layout: StateLayout
+    model_dir: Path, model: Model, config: dict, ids: dict, weights: str, options: Options, layout: StateLayout
 ) -> dict[str, str]:
     """What the package says of itself, beyond Core ML's own fields."""
-    args, eos = model.args, config.get("eos_token_id")
+    args = model.args
     facts = {
         "format": FORMAT,
         "model": fingerprint_of(model),
         "mini_batch_size": args.mini_batch_size,
         "prefill_tokens": options.prefill_tokens or args.mini_batch_size,
         "vocab_size": args.vocab_size,
-        "bos_token_id": config.get("bos_token_id"),
-        "eos_token_id": eos if isinstance(eos, list) else [] if eos is None else [eos],
+        **ids,
         "state": layout.description(),
         "state_mode": options.state_mode,
         "weights": weights,
         "compute": options.compute,
     }
     text = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
-    name = config.get("_name_or_path") or model_dir.resolve().name
+    name = Path(str(config.get("_name_or_path") or "")).name or model_dir.resolve().name  # never where it lies
     return {"co.huggingface.exporters.name": name} | {PREFIX + key: value for key, value in text.items()}
+
+
+def _own_ids(model_dir: Path, config: dict) -> dict[str, int | list[int] | None]:
+    """The ids that begin and end a text, as the configuration has them."""
+    eos = config.get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(id) is int for id in eos):
+        raise CheckpointError(f"{model_dir}: eos_token_id must be a token id or a list of them")
+    return {"bos_token_id": config.get("bos_token_id"), "eos_token_id": eos}
 
 
 def fingerprint_of(model: Model) -> str:

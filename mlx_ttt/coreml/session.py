@@ -115,8 +115,12 @@ def packages_of(path: Path) -> dict[str, Path]:
     """By function, the package that holds it: one for both, or NAME-decode and NAME-prefill beside each other.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or `path` is one of two.
     """
+    for name in FUNCTIONS:
+        stem = path.stem.removesuffix(f"-{name}")
+        if stem != path.stem and all(path.with_name(f"{stem}-{each}{path.suffix}").is_dir() for each in FUNCTIONS):
+            raise CheckpointError(f"{path}: one of two; give {stem}{path.suffix} without -decode or -prefill")
     if path.is_dir():
         return dict.fromkeys(FUNCTIONS, path)
     separate = {name: path.with_name(f"{path.stem}-{name}{path.suffix}") for name in FUNCTIONS}

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import coremltools as ct
 import mlx.core as mx
 import numpy as np
 
-from ..errors import CheckpointError
+from ..checkpoint.untrusted import quoted
+from ..errors import CheckpointError, TTTError
 from ..loading import load_model
 from ..model import Model
 from .package import fingerprint_of
@@ -45,6 +49,14 @@ class Comparison:
     devices: dict[str, dict[str, int]] | None = None
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """What does not run the package, and the first line of why."""
+
+    where: str
+    reason: str
+
+
 def verify(
     package: Path | str,
     model_dir: Path | str,
@@ -52,7 +64,7 @@ def verify(
     tokens: int = 160,
     ids: Sequence[int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Comparison]:
+) -> list[Comparison | Refusal]:
     """Read a text through the package and through the model: half of it by `prefill`, the rest by `decode`.
 
     On macOS once for each of Core ML's compute units; elsewhere in the interpreter, once as the package declares its
@@ -66,7 +78,8 @@ def verify(
         progress: called with the tokens read so far and in all.
 
     Raises:
-        CheckpointError: one of them cannot be read, or the package was made of another model.
+        CheckpointError: one of them cannot be read, the package was made of another model, a logit is not a finite
+            number, or nothing runs the package.
     """
     package = Path(package)
     metadata = read_metadata(packages_of(package)["decode"])
@@ -78,18 +91,36 @@ def verify(
 
     cache = model.make_cache()
     expected = np.array(model(mx.array([ids]), cache=cache)[0].astype(mx.float32))
+    _check_finite(expected, f"{model_dir}: the model")
     layout = StateLayout.of(model.args)
     state = layout.pack(cache, model.make_cache())
     sessions = _sessions(package)
     found = []
-    for index, (where, session) in enumerate(sessions):
+    with _compiled(package) as compiled:
+        for index, (where, session) in enumerate(sessions):
 
-        def done(n: int, start: int = index * len(ids)) -> None:
-            progress(start + n, len(sessions) * len(ids))
+            def done(n: int, start: int = index * len(ids)) -> None:
+                progress(start + n, len(sessions) * len(ids))
 
-        devices = _devices(package, where) if sys.platform == "darwin" else None
-        found.append(_compare(where, session(), ids, expected, state, layout, devices, done))
+            try:
+                devices = _devices(compiled, where) if compiled else None
+                found.append(_compare(where, session(), ids, expected, state, layout, devices, done))
+            except TTTError:
+                raise
+            except Exception as error:  # whatever Core ML says
+                found.append(Refusal(where, _first_line(error)))
+    if all(isinstance(result, Refusal) for result in found):
+        raise CheckpointError(f"{package}: nothing runs it; {found[0].where}: {found[0].reason}")
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return quoted((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def _check_finite(logits: np.ndarray, whose: str) -> None:
+    if not np.isfinite(logits).all():
+        raise CheckpointError(f"{whose} gives logits that are not finite numbers")
 
 
 def invented_text(model: Model, tokens: int) -> list[int]:
@@ -119,6 +150,7 @@ def _compare(where, session: Session, ids, expected, state, layout: StateLayout,
             logits.append(last[-1])
             done(offset)
     found, wanted = np.stack(logits), expected[positions]
+    _check_finite(found, f"the package, in {where},")
     learned = slice(0, layout.first_row("k"))
     difference = np.linalg.norm(session.state[:, :, learned] - state[:, :, learned])
     return Comparison(
@@ -150,15 +182,30 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def _devices(package: Path, unit: str) -> dict[str, dict[str, int]]:
+@contextmanager
+def _compiled(package: Path) -> Iterator[Mapping[str, str]]:
+    """By function, what Core ML compiles its package to, until the end of the context; on macOS only."""
+    compiled: dict[Path, str] = {}
+    packages = packages_of(package) if sys.platform == "darwin" else {}
+    try:
+        for path in set(packages.values()):
+            try:
+                compiled[path] = ct.models.utils.compile_model(str(path))
+            except RuntimeError as error:
+                raise CheckpointError(f"{path}: Core ML cannot compile it: {_first_line(error)}") from error
+        yield {name: compiled[path] for name, path in packages.items()}
+    finally:
+        for path in compiled.values():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _devices(compiled: Mapping[str, str], unit: str) -> dict[str, dict[str, int]]:
     """Core ML's plan: how many operations of each function it prefers to run where."""
-    import coremltools as ct
     from coremltools.models.compute_plan import MLComputePlan
 
     counts = {}
-    for name, path in packages_of(package).items():
-        compiled = ct.models.utils.compile_model(str(path))
-        plan = MLComputePlan.load_from_path(compiled, compute_units=ct.ComputeUnit[unit])
+    for name, path in compiled.items():
+        plan = MLComputePlan.load_from_path(path, compute_units=ct.ComputeUnit[unit])
         functions = plan.model_structure.program.functions
         usages = (
             plan.get_compute_device_usage_for_mlprogram_operation(op)

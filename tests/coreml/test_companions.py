@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 import mlx_ttt
 from mlx_ttt.checkpoint.tokenizer import write_tokenizer
-from mlx_ttt.coreml.companions import write_companions
+from mlx_ttt.coreml.companions import _FILES, _write_readme, write_companions
 from mlx_ttt.detokenizer import SentencePieceDetokenizer
-from mlx_ttt.errors import TokenizerError
+from mlx_ttt.errors import CheckpointError, TokenizerError
 from mlx_ttt.model import Model, ModelArgs
 from tests.checkpoint.sentencepiece_models import APPROXIMATE, EXACT, train
 
@@ -55,7 +55,7 @@ def companions(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("companions")
     config = json.loads((mlx_ttt.bundled_model() / "config.json").read_text())
     write_companions(
-        out, mlx_ttt.bundled_model(), "Shakespeare.mlpackage", ModelArgs.from_dict(config), {"shape": [4, 4, 109, 64]}
+        out, mlx_ttt.bundled_model(), ["Shakespeare"], ModelArgs.from_dict(config), {"shape": [4, 4, 109, 64]}
     )
     return out
 
@@ -93,6 +93,23 @@ def test_readme_says_sizes_and_what_has_not_been_run(companions):
     assert "parsed, not compiled" in text
     assert 'forResource: "Shakespeare"' in text
     assert "$" not in text
+
+
+def test_readme_of_a_separate_pair(tmp_path):
+    args, text = small_args(), {}
+    for names, stateful in ((["X"], False), (["X-decode", "X-prefill"], True)):
+        for name in _FILES:
+            (tmp_path / name).touch()
+        _write_readme(tmp_path, names, args, {"shape": [1, 2, 3, 32]}, stateful, {"model": {"type": "BPE"}})
+        text[len(names)] = (tmp_path / "README.md").read_text()
+    assert "as a Core ML package for" in text[1]
+    assert "load(contentsOf: model)" in text[1]
+    assert text[2].startswith("# X in an app")
+    assert "as two stateful Core ML packages for" in text[2]
+    assert "Drag `X-decode.mlpackage` and `X-prefill.mlpackage` into" in text[2]
+    assert 'let prefill = Bundle.main.url(forResource: "X-prefill"' in text[2]
+    assert "load(contentsOf: decode, prefill: prefill)" in text[2]
+    assert not re.search(r"X\.ml(package|modelc)|\$", text[2])
 
 
 def test_readme_code_is_short(companions):
@@ -238,7 +255,7 @@ def test_other_tokenizers_give_the_same_ids(tmp_path, name):
     (source / "tokenizer.model").write_bytes(train(**options))
     args = small_model(model)
     write_tokenizer(source, model, {})
-    write_companions(out, model, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+    write_companions(out, model, ["X"], args, {"shape": [1, 2, 3, 32]})
     same_ids(out, model)
 
     content, settings = load(out / "tokenizer.json"), load(out / "tokenizer_config.json")
@@ -270,7 +287,7 @@ def test_a_byte_level_tokenizer(tmp_path):
     args, out = small_model(tmp_path), tmp_path / "out"
     out.mkdir()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    write_companions(out, tmp_path, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+    write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
     pieces = load(out / "pieces.json")
     for text in ("naïve café the cat", "日本語 🙂\n\0 \x7f\xa0\xad", "a [é new] b"):
         assert joined(pieces, tokenizer.encode(text).ids) == text
@@ -278,6 +295,33 @@ def test_a_byte_level_tokenizer(tmp_path):
     assert [0xE6] in pieces
     # Without split_special_tokens, special tokens in a text are what they say.
     assert "<|end|>" in [token["content"] for token in load(out / "tokenizer.json")["added_tokens"]]
+
+
+def test_a_tokenizer_with_unused_ids_and_few_characters(tmp_path):
+    from tokenizers import Tokenizer, decoders, models
+
+    args, out = small_model(tmp_path), tmp_path / "out"
+    out.mkdir()
+    tokenizer = Tokenizer(models.BPE({"q": 0, "t": 5}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
+    assert load(out / "pieces.json") == ["q", "", "", "", "", "t"]
+    # The other prompt has no "t".
+    assert [case["prompt_ids"] for case in load(out / "expected.json")["prompts"]] == [[5, 5]]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tokenizer_config.json", TokenizerError), ("generation_config.json", CheckpointError)]
+)
+def test_a_damaged_file(tmp_path, name, kind):
+    out = tmp_path / "out"
+    out.mkdir()
+    args = small_model(tmp_path)
+    write_tokenizer(mlx_ttt.bundled_model() / "tokenizer.model", tmp_path, {})
+    (tmp_path / name).write_text('{"a": 1, "a": 2}')
+    with pytest.raises(kind, match=rf"{name}: .*a key occurs twice"):
+        write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
 
 
 def test_a_tokenizer_that_swift_transformers_does_not_know(tmp_path):
@@ -289,18 +333,18 @@ def test_a_tokenizer_that_swift_transformers_does_not_know(tmp_path):
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Nmt()])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: .*normalizer Nmt"):
-        write_companions(out, tmp_path, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+        write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(TokenizerError, match="no WordLevel model"):
-        write_companions(out, tmp_path, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+        write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
 
 
 def test_no_tokenizer(tmp_path):
     args, out = small_model(tmp_path), tmp_path / "out"
     out.mkdir()
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        write_companions(out, tmp_path, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+        write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
     assert not list(out.iterdir())
 
 
@@ -311,10 +355,20 @@ def test_configuration(companions):
     own = load(mlx_ttt.bundled_model() / "config.json")
     assert load(companions / "config.json") == own
     generation = load(companions / "generation_config.json")
-    assert (generation["bos_token_id"], generation["eos_token_id"]) == (own["bos_token_id"], own["eos_token_id"])
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (own["bos_token_id"], [own["eos_token_id"]])
     source = (SWIFT / "Sources" / "TTTKit" / "Sampler.swift").read_text()
     read = set(re.findall(r"^    let (\w+): \w+\?$", source, re.M))
     assert set(generation) - {"bos_token_id", "eos_token_id"} <= read
+
+
+def test_ids_that_only_the_tokenizer_knows(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    args = small_model(tmp_path, bos_token_id=None, eos_token_id=None)
+    write_tokenizer(mlx_ttt.bundled_model() / "tokenizer.model", tmp_path, {})
+    write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
+    generation = load(out / "generation_config.json")
+    assert (generation["bos_token_id"], generation["eos_token_id"]) == (1, [2])
 
 
 def test_a_models_own_generation_config_is_kept(tmp_path):
@@ -323,7 +377,7 @@ def test_a_models_own_generation_config_is_kept(tmp_path):
     args = small_model(tmp_path, quantization=None)
     write_tokenizer(mlx_ttt.bundled_model() / "tokenizer.model", tmp_path, {})
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.3, "eos_token_id": [2, 3]}')
-    write_companions(out, tmp_path, "X.mlpackage", args, {"shape": [1, 2, 3, 32]})
+    write_companions(out, tmp_path, ["X"], args, {"shape": [1, 2, 3, 32]})
     assert load(out / "generation_config.json") == {"bos_token_id": 1, "eos_token_id": [2, 3], "temperature": 0.3}
     assert "quantization" not in load(out / "config.json")
     same_ids(out, mlx_ttt.bundled_model())

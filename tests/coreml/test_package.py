@@ -8,6 +8,7 @@ pytest.importorskip("coremltools", reason='needs coremltools: pip install "mlx-t
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -16,10 +17,12 @@ import sys
 from pathlib import Path
 
 import coremltools as ct
+import mlx.core as mx
 import numpy as np
 from click.testing import CliRunner
 from coremltools.models.utils import load_spec
 from mlx.utils import tree_flatten
+from tokenizers import Tokenizer, models
 
 import mlx_ttt
 from mlx_ttt.cli.coreml import coreml as command
@@ -41,6 +44,14 @@ ALLOWED = {
 }
 IOS_18 = 9  # specification version
 PREFIX = "com.mlx-ttt."
+
+
+def changed_config(model: Path, copy: Path, **changes) -> Path:
+    """A model directory with another configuration."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    return copy
 
 
 def weights_file(package: Path) -> Path:
@@ -111,6 +122,34 @@ class TestStructure:
     def test_core_ml_tools_reads_it(self, exported):
         model = ct.models.MLModel(str(exported), skip_model_load=True, function_name="prefill")
         assert model.user_defined_metadata[PREFIX + "format"] == "1"
+
+
+class TestMetadata:
+    def test_ids_that_only_the_tokenizer_knows(self, tmp_path, monkeypatch):
+        folder = changed_config(mlx_ttt.bundled_model(), tmp_path / "model", bos_token_id=None, eos_token_id=None)
+        given = []
+
+        def stop(model_dir, model, config, ids, *_):
+            given.append(ids)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(room, "_metadata", stop)
+        with pytest.raises(KeyboardInterrupt):
+            export(folder, tmp_path / "out.mlpackage")
+        with pytest.raises(KeyboardInterrupt):
+            export(folder, tmp_path / "out.mlpackage", companions=False)
+        assert given == [{"bos_token_id": 1, "eos_token_id": [2]}, {"bos_token_id": None, "eos_token_id": []}]
+
+    @pytest.mark.parametrize(
+        ("given", "name"),
+        [("/home/me/secret/nice", "nice"), ("org/nice", "nice"), ("", "model"), (None, "model"), (5, "5")],
+    )
+    def test_name(self, model_dirs, given, name):
+        folder = model_dirs("mlp-mamba")
+        model, config = mlx_ttt.load_model(folder)
+        config["_name_or_path"] = given
+        found = room._metadata(folder, model, config, {}, "float16", Options(), StateLayout.of(model.args))
+        assert found["co.huggingface.exporters.name"] == name
 
 
 class TestWeights:
@@ -214,6 +253,35 @@ class TestBadInput:
         with pytest.raises(TokenizerError, match="no tokenizer"):
             export(model_dirs("linear-mamba"), tmp_path / "out.mlpackage")
 
+    @pytest.mark.parametrize(
+        ("separate", "mode", "names"),
+        [(True, "state", ["out-decode", "out-prefill"]), (False, "io", ["out"])],
+    )
+    def test_companions_are_told_of_the_packages(self, tmp_path, monkeypatch, separate, mode, names):
+        def stop(folder, model_dir, *about):
+            told.append((about[0], about[-1]))
+            raise KeyboardInterrupt
+
+        told = []
+        monkeypatch.setattr(room, "write_companions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            options = Options(state_mode=mode)
+            export(mlx_ttt.bundled_model(), tmp_path / "out.mlpackage", options=options, separate=separate)
+        assert told == [(names, mode == "state")]
+
+    def test_a_tokenizer_that_cannot_be_used_is_found_before_converting(self, model_dirs, tmp_path, monkeypatch):
+        folder = Path(shutil.copytree(model_dirs("linear-mamba"), tmp_path / "kept/model"))
+        Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+        monkeypatch.setattr(room, "convert_function", lambda *_: pytest.fail("converts"))
+        with pytest.raises(TokenizerError, match="no WordLevel model"):
+            export(folder, tmp_path / "out.mlpackage")
+
+    @pytest.mark.parametrize("eos", ["</s>", [2, None], 2.0])
+    def test_end_tokens_that_are_no_ids(self, model_dirs, tmp_path, eos):
+        folder = changed_config(model_dirs("linear-mamba"), tmp_path / "kept/model", eos_token_id=eos)
+        with pytest.raises(CheckpointError, match=r"model: eos_token_id must be a token id or a list"):
+            export(folder, tmp_path / "out.mlpackage", companions=False)
+
     @pytest.mark.parametrize("there", ["out.mlpackage", "out-companions"])
     def test_out_exists(self, tmp_path, there):
         (tmp_path / "kept" / there).mkdir()
@@ -229,14 +297,16 @@ class TestBadInput:
         with pytest.raises(TTTError, match="multiple of the mini-batch size, 16"):
             export(mlx_ttt.bundled_model(), tmp_path / "out.mlpackage", options=Options(prefill_tokens=24))
 
-    def test_a_weight_that_does_not_fit(self, tmp_path, model_dirs):
-        import mlx.core as mx
-
+    @pytest.mark.parametrize(
+        ("factor", "message"),
+        [(1e6, "does not fit float16"), (math.inf, "not a finite number"), (math.nan, "not a finite number")],
+    )
+    def test_a_weight_that_does_not_fit(self, tmp_path, model_dirs, factor, message):
         folder = Path(shutil.copytree(model_dirs("linear-mamba"), tmp_path / "kept/model"))
         weights = mx.load(str(folder / "model.safetensors"))
-        weights["model.layers.1.mlp.up_proj.weight"] *= 1e6
+        weights["model.layers.1.mlp.up_proj.weight"] *= factor
         mx.save_safetensors(str(folder / "model.safetensors"), weights)
-        with pytest.raises(CheckpointError, match="does not fit float16"):
+        with pytest.raises(CheckpointError, match=f"kept/model: a weight .*{message}"):
             export(folder, tmp_path / "out.mlpackage", companions=False)
 
     def test_a_full_disk_before(self, model_dirs, tmp_path, monkeypatch):

@@ -16,6 +16,9 @@ from click.testing import CliRunner
 
 import mlx_ttt
 from mlx_ttt.cli.coreml import verify as command
+from mlx_ttt.coreml import verify as room
+from mlx_ttt.coreml.session import read_metadata
+from mlx_ttt.coreml.state import StateLayout
 from mlx_ttt.coreml.verify import divergence, overlap, verify
 from mlx_ttt.errors import CheckpointError
 
@@ -69,6 +72,92 @@ def test_command(exported, model_dirs):
     result = CliRunner().invoke(command, [str(exported), "--against", str(model_dirs("linear-transformer"))])
     assert result.exit_code == 2
     assert re.fullmatch(r"error: [^\n]+another model[^\n]+\n", result.stderr)
+
+
+class Answers:
+    """A session whose logits are all the same number; an error is raised instead."""
+
+    block = 16
+
+    def __init__(self, model_dir: Path, logit: float | Exception):
+        args = mlx_ttt.load_model(model_dir)[0].args
+        self.logits, self.offset = logit, 0
+        self.vocab_size, self.state = args.vocab_size, np.zeros(StateLayout.of(args).shape, np.float32)
+
+    def read(self, ids):
+        if isinstance(self.logits, Exception):
+            raise self.logits
+        self.offset += len(ids)
+        yield self.offset, np.full((1, self.vocab_size), self.logits, np.float32)
+
+
+@pytest.fixture
+def answering(model_dirs, monkeypatch):
+    """Sets what each unit answers."""
+
+    def answer(**answers: float | Exception):
+        units = [(unit, lambda x=x: Answers(model_dirs("mlp-mamba"), x)) for unit, x in answers.items()]
+        monkeypatch.setattr(room, "_sessions", lambda package: units)
+
+    return answer
+
+
+@pytest.mark.parametrize("logit", [math.nan, math.inf])
+def test_logits_that_are_not_finite(exported, model_dirs, answering, logit):
+    answering(CPU_ONLY=logit)
+    with pytest.raises(CheckpointError, match=r"^the package, in CPU_ONLY, gives logits that are not finite"):
+        verify(exported, model_dirs("mlp-mamba"), ids=range(20))
+
+
+def test_a_model_whose_logits_are_not_finite(exported, model_dirs, monkeypatch):
+    broken, config = mlx_ttt.load_model(model_dirs("mlp-mamba"))
+    monkeypatch.setattr(room, "load_model", lambda _: (broken, config))
+    monkeypatch.setattr(room, "fingerprint_of", lambda _: read_metadata(exported)["model"])
+    broken.model.norm.weight = broken.model.norm.weight * math.nan
+    with pytest.raises(CheckpointError, match="the model gives logits that are not finite"):
+        verify(exported, model_dirs("mlp-mamba"), ids=range(20))
+
+
+def test_a_unit_that_refuses(exported, model_dirs, answering):
+    answering(CPU_ONLY=1.0, CPU_AND_NE=RuntimeError("cannot run\nstack"), ALL=2.0)
+    result = CliRunner().invoke(command, [str(exported), "--against", str(model_dirs("mlp-mamba"))])
+    assert result.exit_code == 0, result.output
+    assert "\nCPU_AND_NE: refused: cannot run\nALL, " in result.stdout
+    answering(CPU_ONLY=RuntimeError("cannot run\nstack"), ALL=RuntimeError())
+    with pytest.raises(CheckpointError, match=r"\.mlpackage: nothing runs it; CPU_ONLY: cannot run$"):
+        verify(exported, model_dirs("mlp-mamba"), ids=range(20))
+
+
+def test_a_package_is_compiled_once_and_nothing_stays(exported, model_dirs, answering, tmp_path, monkeypatch):
+    def compile_model(path):
+        folder = tmp_path / str(len(compiled))
+        folder.mkdir()
+        compiled.append(folder)
+        return str(folder)
+
+    def refuse(path):
+        raise RuntimeError("no such op\nstack")
+
+    compiled, used = [], []
+    answering(CPU_ONLY=1.0, ALL=1.0)
+    monkeypatch.setattr(room.ct.models.utils, "compile_model", compile_model)
+    monkeypatch.setattr(room, "_devices", lambda paths, unit: used.append({*map(Path, paths.values())}))
+    monkeypatch.setattr(room.sys, "platform", "darwin")
+    verify(exported, model_dirs("mlp-mamba"), ids=range(20))
+    assert used == [set(compiled)] * 2
+    assert len(compiled) == 1
+    assert not compiled[0].exists()
+    monkeypatch.setattr(room.ct.models.utils, "compile_model", refuse)
+    with pytest.raises(CheckpointError, match=r"\.mlpackage: Core ML cannot compile it: no such op$"):
+        verify(exported, model_dirs("mlp-mamba"), ids=range(20))
+
+
+def test_one_of_a_separate_pair(model_dirs, tmp_path):
+    for name in ("decode", "prefill"):
+        (tmp_path / f"Two-{name}.mlpackage").mkdir()
+    for name in ("decode", "prefill"):
+        with pytest.raises(CheckpointError, match=r"one of two; give Two\.mlpackage without -decode or -prefill"):
+            verify(tmp_path / f"Two-{name}.mlpackage", model_dirs("mlp-mamba"))
 
 
 def test_overlap():
