@@ -15,6 +15,8 @@ from mlx_ttt.checkpoint.convert import convert
 
 from .conftest import DATA
 
+BYTES = (DATA / "tempest.txt").stat().st_size
+
 
 @pytest.fixture(scope="module")
 def expected(shakespeare_dir) -> dict:
@@ -43,7 +45,7 @@ def bits_per_byte(model, ids: mx.array, cuts) -> float:
         logits = model(ids[:, start:end], cache=cache).astype(mx.float32)
         targets = ids[:, start + 1 : end + 1, None]
         nats += (mx.logsumexp(logits, -1, keepdims=True) - mx.take_along_axis(logits, targets, -1)).sum().item()
-    return nats / math.log(2) / (DATA / "tempest.txt").stat().st_size
+    return nats / math.log(2) / BYTES
 
 
 def test_greedy_text(trained, expected):
@@ -64,6 +66,15 @@ def test_logits_after_a_prompt(trained, expected):
             assert logits[token].item() == pytest.approx(logit, abs=2e-4 * mx.abs(logits).max().item())
 
 
+def test_nats_per_token_of_the_first_tenth(trained, tempest, expected):
+    """What the default tests have time for."""
+    model, _ = trained
+    n = tempest.shape[1] // 10
+    nats = bits_per_byte(model, tempest[:, : n + 1], range(1000, n, 1000)) * BYTES * math.log(2)
+    assert nats / n == pytest.approx(expected["tempest"]["nll_nats_per_token_by_tenth"][0], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_bits_per_byte_of_a_long_text(trained, tempest, expected):
     model, _ = trained
     assert tempest.shape[1] - 1 == expected["tempest"]["tokens"]

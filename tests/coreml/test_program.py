@@ -71,6 +71,7 @@ def test_half_precision(packages, name):
     assert overlap(found, wanted[positions], 5) >= 0.95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_half_precision_is_the_same_graph(packages, name):
     """But for casts, the half-precision program has the operations of the exact one, in the same order."""
@@ -101,6 +102,7 @@ def test_every_configuration(kind, flags):
     assert error(session.state, state) <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
