@@ -313,14 +313,15 @@ def _digest(leaves: dict[str, mx.array | int], tokens: str) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: Model, tokenizer) -> str:
-    """A hash of the configuration, of values spread over every weight, and of the vocabulary."""
+def fingerprint(model: Model, tokenizer=None) -> str:
+    """A hash of the configuration, of values spread over every weight, and of the tokenizer's vocabulary, if given."""
     digest = hashlib.sha256(json.dumps(asdict(model.args), sort_keys=True).encode())
     samples = {name: _sample(w) for name, w in sorted(tree_flatten(model.parameters()))}
     mx.eval(samples)
     for name, values in samples.items():
         digest.update(name.encode() + bytes(memoryview(values)))
-    digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
+    digest.update(json.dumps(sorted(vocabulary.items())).encode())
     return digest.hexdigest()
 
 

@@ -114,7 +114,7 @@ def convert(
     given_config, args = read_config(config_path)
     refuse_quantized(given_config, config_path)
     parameters = Parameters(args)
-    _raise_first(parameters.problems(checkpoint.tensors), checkpoint, config_path)
+    parameters.check(checkpoint.tensors, f"{checkpoint.path}: does not fit {config_path.name}")
 
     warnings: list[str] = []
 
@@ -170,12 +170,6 @@ def _tokenizer_bytes(source: Path) -> int:
     files = [source / name for name in TOKENIZER_FILES] if os.path.isdir(source) else [source]
     sizes = {file: os.path.getsize(file) for file in files if os.path.isfile(file)}
     return sum(size if file.suffix == ".json" else _TOKENIZER_GROWTH * size for file, size in sizes.items())
-
-
-def _raise_first(problems: list[str], checkpoint: Source, config_path: Path) -> None:
-    if problems:
-        more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{checkpoint.path}: does not fit {config_path.name}: {problems[0]}{more}")
 
 
 def _check_tied_head(checkpoint: Source, args: ModelArgs) -> None:

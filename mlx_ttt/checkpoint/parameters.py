@@ -9,6 +9,7 @@ from dataclasses import replace
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from ..errors import CheckpointError
 from ..model import Model, ModelArgs
 from .tensor import Tensor, dtype_name
 from .untrusted import quoted
@@ -38,6 +39,12 @@ class Parameters:
             for name, shape in self._layer.items()
         }
         return self._rest | layers
+
+    def check(self, tensors: dict[str, Tensor], where: str) -> None:
+        """Raises CheckpointError with the first of `problems`, after `where`."""
+        if problems := self.problems(tensors):
+            more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
+            raise CheckpointError(f"{where}: {problems[0]}{more}")
 
     def problems(self, tensors: dict[str, Tensor]) -> list[str]:
         """Why these tensors are not this model's weights, one line each; empty if they are. Reads no values."""

@@ -118,8 +118,8 @@ def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, s
             "pass split_special_tokens=True for text that you do not trust"
         )
     add_bos = given.settings.get("add_bos_token") is not False
-    _dump(stage / "tokenizer.json", spm.tokenizer_json(add_bos))
-    _dump(stage / TOKENIZER_CONFIG, spm.tokenizer_config(add_bos) | carried)
+    write_json(stage / "tokenizer.json", spm.tokenizer_json(add_bos))
+    write_json(stage / TOKENIZER_CONFIG, spm.tokenizer_config(add_bos) | carried)
     _copy(spm.file, stage / "tokenizer.model")
     files = ["tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model"]
     if template:
@@ -162,7 +162,7 @@ def _stage_json(
         _copy(companion, stage / name)
     settings = given.settings or _guess_settings(tokenizer, given.companions, config)
     # Any other class may rebuild the tokenizer by its own rules instead of loading tokenizer.json as it is.
-    _dump(stage / TOKENIZER_CONFIG, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(stage / TOKENIZER_CONFIG, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     tokenizer = _load(stage, file)
     size = 1 + max(tokenizer.get_vocab().values(), default=-1)
@@ -287,7 +287,7 @@ def _copy(file: Path, target: Path) -> None:
     target.write_bytes(read_bytes(file, LARGEST_FILE, TokenizerError))
 
 
-def _dump(file: Path, content: Json) -> None:
+def write_json(file: Path, content: Json) -> None:
     file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 

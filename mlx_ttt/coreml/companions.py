@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -15,6 +14,7 @@ import mlx.core as mx
 
 from .. import __version__
 from ..checkpoint.sentencepiece_model import LARGEST_FILE
+from ..checkpoint.tokenizer import write_json
 from ..checkpoint.untrusted import read_json
 from ..detokenizer import SentencePieceDetokenizer
 from ..errors import TokenizerError
@@ -82,11 +82,11 @@ def write_companions(
     tokenizer = load_tokenizer(model, config)
 
     tokenizer_json = _write_tokenizer(out, model)
-    _dump(out / "pieces.json", _pieces(tokenizer._tokenizer, tokenizer_json))
+    write_json(out / "pieces.json", _pieces(tokenizer._tokenizer, tokenizer_json))
     own_config = read_json(model / "config.json")
-    _dump(out / "config.json", {k: v for k, v in own_config.items() if not k.startswith("quantization")})
-    _dump(out / "generation_config.json", _generation_config(model, tokenizer))
-    _dump(out / "expected.json", _expected(network, tokenizer))
+    write_json(out / "config.json", {k: v for k, v in own_config.items() if not k.startswith("quantization")})
+    write_json(out / "generation_config.json", _generation_config(model, tokenizer))
+    write_json(out / "expected.json", _expected(network, tokenizer))
     for source in (_SWIFT / "Package.swift", *_SWIFT.glob("Sources/**/*.swift"), *_SWIFT.glob("Tests/**/*.swift")):
         target = out / "TTTKit" / source.relative_to(_SWIFT)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,8 +116,8 @@ def _write_tokenizer(out: Path, model: Path) -> Json:
         content["added_tokens"] = [
             token for token in content.get("added_tokens", []) if not (token["special"] and token["content"] in known)
         ]
-    _dump(out / "tokenizer.json", content)
-    _dump(out / "tokenizer_config.json", settings)
+    write_json(out / "tokenizer.json", content)
+    write_json(out / "tokenizer_config.json", settings)
     if (model / "chat_template.jinja").is_file():
         shutil.copyfile(model / "chat_template.jinja", out / "chat_template.jinja")
     return content
@@ -256,7 +256,3 @@ def _size(path: Path) -> str:
 
 def _human(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.1f} kB"
-
-
-def _dump(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import coremltools as ct
 import coremltools.optimize as cto
@@ -204,7 +203,7 @@ def _metadata(
     args = model.args
     facts = {
         "format": FORMAT,
-        "model": fingerprint_of(model),
+        "model": fingerprint(model),
         "mini_batch_size": args.mini_batch_size,
         "prefill_tokens": options.prefill_tokens or args.mini_batch_size,
         "vocab_size": args.vocab_size,
@@ -226,11 +225,6 @@ def _own_ids(model_dir: Path, config: dict) -> dict[str, int | list[int] | None]
     if not all(type(id) is int for id in eos):
         raise CheckpointError(f"{model_dir}: eos_token_id must be a token id or a list of them")
     return {"bos_token_id": config.get("bos_token_id"), "eos_token_id": eos}
-
-
-def fingerprint_of(model: Model) -> str:
-    """Of configuration and weights: a package knows no tokenizer."""
-    return fingerprint(model, SimpleNamespace(get_vocab=dict))
 
 
 def _describe(package: Path, metadata: dict[str, str]) -> None:

@@ -16,9 +16,9 @@ import numpy as np
 
 from ..checkpoint.untrusted import quoted
 from ..errors import CheckpointError, TTTError
+from ..generation import fingerprint
 from ..loading import load_model
 from ..model import Model
-from .package import fingerprint_of
 from .session import Session, interpreted, on_device, packages_of, read_metadata
 from .state import StateLayout
 
@@ -84,7 +84,7 @@ def verify(
     package = Path(package)
     metadata = read_metadata(packages_of(package)["decode"])
     model, _ = load_model(model_dir)
-    if metadata["model"] != fingerprint_of(model):
+    if metadata["model"] != fingerprint(model):
         raise CheckpointError(f"{package}: was exported from another model than {model_dir}")
     tokens = max(tokens, 2 * metadata["prefill_tokens"], 3 * metadata["mini_batch_size"])
     ids = list(ids if ids is not None else invented_text(model, tokens))

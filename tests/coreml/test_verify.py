@@ -112,7 +112,7 @@ def test_logits_that_are_not_finite(exported, model_dirs, answering, logit):
 def test_a_model_whose_logits_are_not_finite(exported, model_dirs, monkeypatch):
     broken, config = mlx_ttt.load_model(model_dirs("mlp-mamba"))
     monkeypatch.setattr(room, "load_model", lambda _: (broken, config))
-    monkeypatch.setattr(room, "fingerprint_of", lambda _: read_metadata(exported)["model"])
+    monkeypatch.setattr(room, "fingerprint", lambda _: read_metadata(exported)["model"])
     broken.model.norm.weight = broken.model.norm.weight * math.nan
     with pytest.raises(CheckpointError, match="the model gives logits that are not finite"):
         verify(exported, model_dirs("mlp-mamba"), ids=range(20))
