@@ -43,19 +43,6 @@ class CausalConv1d(nn.Module):
         return sum((x[:, i : i + T] * self.weight[:, i, 0] for i in range(kernel)), self.bias)
 
 
-def with_history(x: mx.array, kernel_size: int, cache: TTTCache, name: str) -> mx.array:
-    """x [B, T, C] after the kernel_size - 1 inputs before it; the cache keeps the last ones for the next call."""
-    kept = kernel_size - 1
-    if kept == 0:
-        return x
-    history = cache.history.get(name)
-    if history is None:
-        history = mx.zeros((x.shape[0], kept, x.shape[2]), x.dtype)
-    x = mx.concatenate([history.astype(x.dtype), x], axis=1)
-    cache.history[name] = mx.contiguous(x[:, -kept:])  # a copy: a view would keep all of x alive
-    return x
-
-
 class Conv(nn.Module):
     """The convolution in front of a block (`pre_conv`): RMSNorm, then a causal depthwise convolution."""
 
@@ -65,8 +52,11 @@ class Conv(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.conv = CausalConv1d(args.hidden_size, args.conv_kernel)
 
+    def add_history(self, cache: TTTCache) -> None:
+        cache.add_history("conv", self.kernel_size - 1, self.norm.weight.size)
+
     def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
-        return self.conv(with_history(self.norm(x), self.kernel_size, cache, "conv"))
+        return self.conv(cache.with_history("conv", self.norm(x), self.kernel_size - 1))
 
 
 class SwiGLU(nn.Module):
@@ -145,28 +135,25 @@ class TTT(nn.Module):
         weights = tuple(self[name][None].astype(mx.float32) for name in ("W1", "b1", "W2", "b2") if name in self)
         R = sum(d for W in weights[::2] for d in W.shape[-2:])
         rows = mx.zeros((1, self.num_heads, self.mini_batch_size, R))
-        return TTTCache(weights, rows)
+        cache = TTTCache(weights, rows)
+        if "conv_q" in self:
+            cache.add_history("conv_qk", self.kernel_size - 1, self.num_heads * self.head_dim)
+        return cache
 
     def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
         """x [B, T, C]: read T tokens, whatever T is and wherever the mini-batch stands."""
         B, T, C = x.shape
         shape = (B, T, self.num_heads, self.head_dim)
         q, k = self.queries_and_keys(x, cache)
-        phase = cache.phase
-        table = self.rope.table(phase, T)
-        y, cache.weights, cache.rows = self.update_rule(
+        table = self.rope.table(cache.phase, T)
+        tokens = (
             self.rope.rotate(q.reshape(shape), table),
             self.rope.rotate(k.reshape(shape), table),
             self.v_proj(x).reshape(shape),
             self.learning_rates(x),
-            self.token_factors(),
-            self.ttt_norm_weight.astype(mx.float32),
-            self.ttt_norm_bias.astype(mx.float32),
-            cache.weights,
-            cache.rows,
-            phase,
         )
-        cache.advance(T)
+        gamma, beta = (w.astype(mx.float32) for w in (self.ttt_norm_weight, self.ttt_norm_bias))
+        y = cache.update(self.update_rule, tokens, (self.token_factors(), gamma, beta))
         y = self.post_norm(y.reshape(B, T, C))
         if "g_proj" in self:
             y = gelu_tanh(self.g_proj(x)) * y
@@ -175,7 +162,7 @@ class TTT(nn.Module):
     def queries_and_keys(self, x: mx.array, cache: TTTCache) -> tuple[mx.array, mx.array]:
         if "k_proj" in self:
             return self.q_proj(x), self.k_proj(x)
-        qk = with_history(self.q_proj(x), self.kernel_size, cache, "conv_qk")
+        qk = cache.with_history("conv_qk", self.q_proj(x), self.kernel_size - 1)
         return self.conv_q(qk), self.conv_k(qk)
 
     def learning_rates(self, x: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 
-from .cache import TTTCache
+from .cache import RewindableTTTCache, TTTCache
 from .layers import TTT, Conv, SwiGLU
 
 
@@ -80,6 +80,12 @@ class Block(nn.Module):
         x = x + self.seq_modeling_block(self.seq_norm(x), cache)
         return x + self.mlp(self.ffn_norm(x))
 
+    def make_cache(self) -> TTTCache:
+        cache = self.seq_modeling_block.make_cache()
+        if "conv" in self:
+            self.conv.add_history(cache)
+        return cache
+
 
 class TTTModel(nn.Module):
     def __init__(self, args: ModelArgs):
@@ -89,11 +95,23 @@ class TTTModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
-        x = self.embed_tokens(inputs)
+        B, T = inputs.shape
+        for c in cache:
+            c.expand(B)
+        padding = cache[0].left_padding(T)
+        x = self.embed_tokens(_roll(inputs, [-n for n in padding]))  # padding behind the tokens that count
         for layer, c in zip(self.layers, cache, strict=True):
-            c.expand(inputs.shape[0])
             x = layer(x, c)
-        return self.norm(x)
+        return _roll(self.norm(x), padding)
+
+
+def _roll(x: mx.array, n: list[int]) -> mx.array:
+    """x [B, T, ...] with each sequence b turned by n_b places."""
+    if not any(n):
+        return x
+    T = x.shape[1]
+    places = (mx.arange(T) - mx.array(n)[:, None]) % T  # [B, T]
+    return x[mx.arange(len(n))[:, None], places]
 
 
 class Model(nn.Module):
@@ -124,9 +142,10 @@ class Model(nn.Module):
     def layers(self) -> list[Block]:
         return self.model.layers
 
-    def make_cache(self) -> list[TTTCache]:
-        """The state before the first token, one cache per layer."""
-        return [layer.seq_modeling_block.make_cache() for layer in self.layers]
+    def make_cache(self, rewind: bool = False) -> list[TTTCache]:
+        """The state before the first token, one cache per layer; with `rewind` one that can be trimmed."""
+        caches = [layer.make_cache() for layer in self.layers]
+        return [RewindableTTTCache(c) for c in caches] if rewind else caches
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Official PyTorch tensors as this model's: convolutions [C, 1, kernel] -> [C, kernel, 1], no tied lm_head."""
@@ -137,6 +156,11 @@ class Model(nn.Module):
             if ".conv" in name and name.endswith(".weight") and w.ndim == 3 and w.shape[1] == 1:
                 weights[name] = w.swapaxes(1, 2)
         return weights
+
+    @property
+    def quant_predicate(self):
+        """Which modules may be quantized: projections and embeddings. What the inner model learns with is in none."""
+        return lambda path, module: isinstance(module, nn.Linear | nn.Embedding)
 
     @property
     def cast_predicate(self):
