@@ -281,6 +281,8 @@ class RewindableTTTCache(TTTCache):
         if any(lengths):
             _, weights, rows = rule(*tokens, *constants, weights, rows, self.phase, lengths)
         self.previous = _select(mask, {"weights": weights, "rows": rows}, self.previous)
+        if not all(mask):
+            mx.async_eval(self.previous)  # or what it is made of would add up until it is asked for
 
     def trim(self, n: int) -> int:
         """Take back the last n tokens of every sequence, exactly.

@@ -27,10 +27,12 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from .cache import TTTCache
 from .checkpoint.safetensors import read_safetensors
+from .decoding import Decoder, PlainDecoder, SpeculativeDecoder
 from .errors import CheckpointError, OutputError, PromptError, StateError
 from .model import Model
 
 PREFILL_STEP_SIZE = 2048  # tokens per call while reading a prompt: bounds memory
+NUM_DRAFT_TOKENS = 3
 _CONTEXT = 8  # tokens of text that the detokenizer is shown: more than a UTF-8 character has bytes
 
 
@@ -115,6 +117,9 @@ def stream_generate(
     max_tokens: int = 256,
     sampler: Callable[[mx.array], mx.array] = greedy_sampler,
     stop: Sequence[str] = (),
+    draft_model: Model | None = None,
+    draft_state: TextState | None = None,
+    num_draft_tokens: int = NUM_DRAFT_TOKENS,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[GenerationResponse]:
     """Continue a text. Yields what mlx_lm.stream_generate yields: a response for each token, with text when complete.
@@ -129,10 +134,14 @@ def stream_generate(
         max_tokens: at most so many tokens; -1 for no limit.
         sampler: log-probabilities [1, V] -> token, as mlx_lm's make_sampler makes them. Greedy by default.
         stop: strings at which the text ends. They are not part of the text, but the state has read them.
+        draft_model: a smaller model of the same vocabulary that proposes tokens: the text is the same, sooner.
+        draft_state: what the draft model has read, of the same text; it is left as it is. By default it reads the
+            prompt; what `state` has read it does not know then, which makes its proposals worse.
+        num_draft_tokens: proposals at a time.
         progress: see `read`.
 
     Raises:
-        ValueError: max_tokens is 0, or less than -1.
+        ValueError: max_tokens is 0, or less than -1; or the draft model, its state or number of tokens does not fit.
         PromptError: see `read`.
     """
     if max_tokens == 0 or max_tokens < -1:
@@ -141,23 +150,23 @@ def stream_generate(
     start = read(model, tokenizer, prompt, state, progress=progress)
     prompt_tokens = len(start) - (len(state) if state is not None else 0)
     text = _Text(tokenizer, start.tokens, [stop] if isinstance(stop, str) else stop)
-    running = [c.copy() for c in start.cache]
-    # The loop reads one token ahead of what it yields. A copy at each sampling is the state one token behind; it costs
-    # a copy of the open rows per token, which are then not free to be written in place.
-    behind: deque[list[TTTCache]] = deque([start.cache], maxlen=3)
-
-    def sample(logprobs: mx.array) -> mx.array:
-        if state is not None:
-            behind.append([c.copy() for c in running])
-        return sampler(logprobs)
-
-    steps = generate_step(
-        mx.array(start.tokens[-1:]), model, max_tokens=max_tokens, sampler=sample, prompt_cache=running
-    )
+    decoder: Decoder
+    if draft_model is None:
+        decoder = PlainDecoder(model, start.cache, start.tokens[-1], max_tokens, sampler, keep=state is not None)
+    else:
+        _check_draft(model, draft_model, num_draft_tokens)
+        if draft_state is None:
+            draft_state = read(draft_model, tokenizer, prompt or start.tokens[-1:])
+        if draft_state.tokens[-1] != start.tokens[-1]:
+            raise ValueError("draft_state has read another text")
+        decoder = SpeculativeDecoder(
+            model, start.cache, draft_model, draft_state.cache, start.tokens[-1], max_tokens, sampler, num_draft_tokens
+        )
+    steps = decoder.steps()
     written: list[int] = []
     try:
         with wired_limit(model, [generation_stream]):
-            for token, logprobs in steps:
+            for token, logprobs, from_draft in steps:
                 if not written:
                     prompt_tps = prompt_tokens / (time.perf_counter() - clock)
                     clock = time.perf_counter()
@@ -173,7 +182,7 @@ def stream_generate(
                     text=segment,
                     token=token,
                     logprobs=logprobs,
-                    from_draft=False,
+                    from_draft=from_draft,
                     prompt_tokens=prompt_tokens,
                     prompt_tps=prompt_tps,
                     generation_tokens=len(written),
@@ -186,9 +195,22 @@ def stream_generate(
     finally:
         steps.close()
         if state is not None:
-            all_but_last = len(start) + len(written) - 1
-            state.cache = next(cache for cache in behind if cache[0].offset[0] == all_but_last)
+            state.cache = decoder.cache_at(len(start) + len(written) - 1)
             state.tokens = (start.tokens + written)[-_CONTEXT:]
+
+
+def most_draft_tokens(model: Model, draft_model: Model) -> int:
+    """How many tokens a draft model may propose at a time: both must be able to take them back."""
+    return min(model.args.mini_batch_size, draft_model.args.mini_batch_size)
+
+
+def _check_draft(model: Model, draft_model: Model, num_draft_tokens: int) -> None:
+    if draft_model.args.vocab_size != model.args.vocab_size:
+        sizes = f"{draft_model.args.vocab_size} tokens, the model {model.args.vocab_size}"
+        raise ValueError(f"the draft model has a vocabulary of {sizes}; it must be the same")
+    most = most_draft_tokens(model, draft_model)
+    if not 1 <= num_draft_tokens <= most:
+        raise ValueError(f"num_draft_tokens is {num_draft_tokens}, expected 1 to {most}: more cannot be taken back")
 
 
 class _Text:

@@ -71,6 +71,21 @@ class TestGenerate:
         assert first == second
         assert len(set(samples)) == 3
 
+    def test_a_draft_model(self, text):
+        drafted = ["-p", "ROMEO:\n", "--draft-model", mlx_ttt.bundled_model()]
+        result = generate(*drafted, "-m", 20, "-v")
+        assert text.startswith(result.stdout.rstrip("\n"))
+        assert re.search(r"proposed by the draft model: 1\d of these tokens", result.stderr)
+        assert_one_line(run("generate", *drafted, "--num-draft-tokens", 17), "can take back 16 at most")
+
+    def test_a_draft_model_of_another_vocabulary(self, tmp_path):
+        other = shutil.copytree(mlx_ttt.bundled_model(), tmp_path / "other")
+        tokenizer = json.loads((other / "tokenizer.json").read_text())
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary["Z"], vocabulary["1"] = vocabulary["1"], vocabulary["Z"]
+        (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+        assert_one_line(run("generate", "-p", "ROMEO:", "--draft-model", other), "has another vocabulary")
+
     def test_statistics(self):
         shown = generate("-p", "ROMEO:\n", "-m", 20, "--verbose").stderr
         for figure in (r"prompt: 7 tokens, [\d.]+ tokens/s", r"generation: 20 tokens, [\d.]+ tokens/s"):

@@ -59,10 +59,24 @@ def _finite(ctx, param, value: float) -> float:
     help="Stop before this text (a saved state has read it); can be given several times.",
 )
 @click.option("--num-samples", "-n", default=1, type=click.IntRange(1), help="Continue the text N times.")
+@click.option("--draft-model", metavar="DIR", help="A smaller model that proposes tokens: the same text, sooner.")
+@click.option("--num-draft-tokens", default=3, type=click.IntRange(1), help="Proposals at a time.")
 @click.option("--save-state", metavar="FILE", help="Save what was read and written, to go on from it later.")
 @click.option("--load-state", metavar="FILE", help="Go on from a saved state; --prompt comes after it, if given.")
 @click.option("--verbose", "-v", is_flag=True, help="Show speed, memory and state size on stderr.")
-def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, load_state, verbose, **sampling):
+def generate(
+    model,
+    prompt,
+    prompt_file,
+    max_tokens,
+    num_samples,
+    draft_model,
+    num_draft_tokens,
+    save_state,
+    load_state,
+    verbose,
+    **sampling,
+):
     """Continue a text with a TTT language model.
 
     \b
@@ -93,6 +107,8 @@ def generate(model, prompt, prompt_file, max_tokens, num_samples, save_state, lo
     options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
     state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state is not None else None
     state = _read(loaded, tokenizer, text, state, verbose)
+    if draft_model is not None:
+        options |= _draft(draft_model, num_draft_tokens, loaded, tokenizer, text)
 
     interrupted = False
     for sample in range(1, num_samples + 1 if max_tokens else 1):
@@ -123,20 +139,38 @@ def _read(model, tokenizer, text: str, state: TextState | None, verbose: bool) -
     return state
 
 
+def _draft(path: str, num_draft_tokens: int, model, tokenizer, text: str) -> dict:
+    """The draft model's part of the options, when it fits the model and has read the text, too."""
+    import mlx_ttt
+    from mlx_ttt.generation import most_draft_tokens
+
+    draft_model, draft_tokenizer = mlx_ttt.load(path)
+    if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise TTTError(f"--draft-model {path}: has another vocabulary than the model; both must have the same")
+    most = most_draft_tokens(model, draft_model)
+    if num_draft_tokens > most:
+        raise TTTError(f"--num-draft-tokens {num_draft_tokens}: these models can take back {most} at most")
+    draft_state = mlx_ttt.read(draft_model, tokenizer, text) if text else None
+    return {"draft_model": draft_model, "draft_state": draft_state, "num_draft_tokens": num_draft_tokens}
+
+
 def _write(model, tokenizer, state: TextState, options: dict, verbose: bool) -> bool:
     """Stream a continuation to stdout; says whether Ctrl-C ended it."""
     from ..generation import stream_generate
 
-    before, start = len(state), time.perf_counter()
+    before, start, from_draft = len(state), time.perf_counter(), 0
     responses = stream_generate(model, tokenizer, state=state, **options)
     with Interrupt() as interrupt, contextlib.closing(responses):
         for response in responses:
             click.echo(response.text, nl=False)
+            from_draft += response.from_draft
             if interrupt.received:
                 break
     click.echo()
     if verbose:
         _show_speed("generation", len(state) - before, time.perf_counter() - start)
+        if "draft_model" in options:
+            click.echo(f"proposed by the draft model: {from_draft} of these tokens", err=True)
     return interrupt.received
 
 
