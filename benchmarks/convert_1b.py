@@ -1,10 +1,10 @@
-"""Memory and time of converting a 1.3B float32 checkpoint (24 layers, Mamba backbone, TTT-Linear) to bfloat16.
+"""Memory and time of converting a 1.3B checkpoint (24 layers, Mamba backbone, TTT-Linear) to bfloat16.
 
-    python benchmarks/convert_1b.py [--work FOLDER]
+    python benchmarks/convert_1b.py [--from pytorch|jax] [--work FOLDER]
 
-Makes the checkpoint with random weights, in shards of PyTorch's .bin format, converts it in a process of its own, and
-prints that process's time, largest resident memory (ru_maxrss) and, on Linux, largest anonymous memory. Needs 8 GB of
-disk, given back at the end.
+Makes the checkpoint with random weights, in float32 in shards of PyTorch's .bin format, or in bfloat16 as a JAX train
+state with the two moments of Adam; converts it in a process of its own, and prints that process's time, largest
+resident memory (ru_maxrss) and, on Linux, largest anonymous memory. Needs 11 GB of disk, given back at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,20 +46,24 @@ def random_chunks(size: int, seed: int) -> Iterator[bytes]:
         yield (0.02 * rng.standard_normal(min(CHUNK, size - start), np.float32)).tobytes()
 
 
-def make_checkpoint(folder: Path) -> int:
-    """Write config.json, the shards and their index; returns the number of parameters."""
-    sys.path.insert(0, str(ROOT))
+def official_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes in PyTorch's layout, which orders a convolution's axes otherwise."""
     from mlx_ttt.checkpoint.parameters import Parameters
-    from mlx_ttt.checkpoint.tensor import row_major
     from mlx_ttt.model import ModelArgs
+
+    shapes = Parameters(ModelArgs.from_dict(CONFIG)).shapes()
+    return {n: (s[0], 1, s[1]) if ".conv" in n and len(s) == 3 else s for n, s in shapes.items()}
+
+
+def make_pytorch(folder: Path) -> None:
+    """Write config.json, the shards and their index."""
+    from mlx_ttt.checkpoint.tensor import row_major
     from tests.checkpoint.torch_format import Storage, View, write_torch
 
     shards: list[dict[str, View]] = [{}]
     room = SHARD_BYTES
     total = 0
-    for seed, (name, shape) in enumerate(Parameters(ModelArgs.from_dict(CONFIG)).shapes().items()):
-        if ".conv" in name and len(shape) == 3:  # PyTorch's layout
-            shape = (shape[0], 1, shape[1])
+    for seed, (name, shape) in enumerate(official_shapes().items()):
         size = int(np.prod(shape))
         if 4 * size > room:
             shards.append({})
@@ -76,7 +80,25 @@ def make_checkpoint(folder: Path) -> int:
     index = {"metadata": {"total_size": 4 * total}, "weight_map": weight_map}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    return total
+
+
+def make_jax(folder: Path) -> None:
+    """Write streaming_train_state: the parameters in bfloat16, then the moments, which are zero here."""
+    from tests.checkpoint.jax_format import bfloat16, jax_key, record
+
+    shapes = official_shapes()
+    with (folder / "streaming_train_state").open("wb") as file:
+        for seed, (name, shape) in enumerate(shapes.items()):
+            key, axes = jax_key(name)
+            numbers = np.frombuffer(b"".join(random_chunks(int(np.prod(shape)), seed)), np.float32).reshape(shape)
+            file.write(record(("params", "params", *key), bfloat16(np.einsum(axes, numbers))))
+        for moment in ("mu", "nu"):
+            for name, shape in shapes.items():
+                key = ("opt_state", "1", "0", moment, "params", *jax_key(name)[0])
+                file.write(record(key, bfloat16(np.zeros(shape, np.float32))))
+
+
+MAKERS: dict[str, Callable[[Path], None]] = {"pytorch": make_pytorch, "jax": make_jax}
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -118,15 +140,18 @@ def convert(source: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="folder for the 8 GB of temporary files")
-    with tempfile.TemporaryDirectory(dir=parser.parse_args().work) as work:
+    parser.add_argument("--from", dest="layout", choices=MAKERS, default="pytorch")
+    parser.add_argument("--work", type=Path, help="folder for the 11 GB of temporary files")
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         source = Path(work) / "source"
         source.mkdir()
         start = time.perf_counter()
-        parameters = make_checkpoint(source)
-        files = sorted(source.glob("*.bin"))
-        nbytes = sum(file.stat().st_size for file in files)
-        print(f"{parameters / 1e9:.2f} B parameters, {nbytes / 1e9:.2f} GB in {len(files)} .bin shards,", end=" ")
+        MAKERS[arguments.layout](source)
+        nbytes = sum(file.stat().st_size for file in source.iterdir())
+        parameters = sum(int(np.prod(shape)) for shape in official_shapes().values())
+        print(f"{arguments.layout}: {parameters / 1e9:.2f} B parameters, {nbytes / 1e9:.2f} GB,", end=" ")
         print(f"made in {time.perf_counter() - start:.0f} s")
         convert(source, Path(work) / "out")
 

@@ -9,6 +9,14 @@ class CheckpointError(TTTError):
     """A checkpoint or model directory that cannot be read, or does not hold what its config says."""
 
 
+class QuantizationError(TTTError):
+    """A way to quantize that MLX does not have, or that fits no matrix of the model."""
+
+
+class HubError(TTTError):
+    """A repository on the Hugging Face Hub that cannot be read or written, or a Hub that cannot be reached."""
+
+
 class TokenizerError(TTTError):
     """Tokenizer files that are damaged or of a kind that cannot be represented."""
 

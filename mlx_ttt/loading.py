@@ -11,12 +11,16 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 
 from .checkpoint.config import read_config
+from .checkpoint.directory import CONFIG
+from .checkpoint.hub import locate
 from .checkpoint.parameters import Parameters
+from .checkpoint.quantization import Quantization
 from .checkpoint.source import open_source
 from .checkpoint.untrusted import quoted
 from .detokenizer import SentencePieceDetokenizer
 from .errors import CheckpointError, TokenizerError
 from .model import Model, ModelArgs
+from .quantized import for_cpu
 
 BUNDLED = "shakespeare-ttt-linear"
 
@@ -26,33 +30,36 @@ def bundled_model() -> Path:
     return Path(__file__).parent / "models" / BUNDLED
 
 
-def load(path: str | Path | None = None):
+def load(path: str | Path | None = None, revision: str | None = None):
     """Load a model and its tokenizer, as mlx_lm.load does.
 
     Args:
-        path: a model directory; the bundled model by default.
+        path: a model directory, here or on the Hugging Face Hub (`org/name`); the bundled model by default.
+        revision: branch, tag or commit of a repository on the Hub.
 
     Returns:
         The model and an mlx-lm TokenizerWrapper.
 
     Raises:
         CheckpointError: there is no such directory, or it is not a TTT model, or it is incomplete or damaged.
+        HubError: it is not here and cannot be downloaded.
         TokenizerError: it has no tokenizer, or a damaged one.
     """
-    path = bundled_model() if path is None else Path(path)
+    path = _local(path, revision)
     model, config = load_model(path)
     return model, load_tokenizer(path, config)
 
 
-def load_model(path: str | Path | None = None) -> tuple[Model, dict]:
+def load_model(path: str | Path | None = None, revision: str | None = None) -> tuple[Model, dict]:
     """Load a model without its tokenizer, and its config.
 
-    On a CPU, half-precision weights are widened to float32: MLX multiplies those 40 times faster there.
+    On a CPU, half-precision weights are widened to float32: MLX multiplies those 40 times faster there. Quantized ones
+    stay quantized, their scales widened, and are multiplied in float32.
 
     Raises:
-        CheckpointError: as for `load`.
+        CheckpointError, HubError: as for `load`.
     """
-    path = bundled_model() if path is None else Path(path)
+    path = _local(path, revision)
     _check(path)
     try:
         model, config = mlx_lm_utils.load_model(
@@ -63,6 +70,7 @@ def load_model(path: str | Path | None = None) -> tuple[Model, dict]:
         )
         if mx.default_device() == mx.cpu:
             _widen(model)
+            for_cpu(model)
         mx.eval(model.parameters())
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {quoted(error)}") from error
@@ -70,13 +78,19 @@ def load_model(path: str | Path | None = None) -> tuple[Model, dict]:
     return model, config
 
 
+def _local(path: str | Path | None, revision: str | None) -> Path:
+    return bundled_model() if path is None else locate(path, revision).path
+
+
 def _check(path: Path) -> None:
     """Everything that can be said of a model directory without reading its values: mlx-lm would not name it."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; one comes from `convert.py mlx`")
-    config, args = read_config(path / "config.json")
-    if "quantization" not in config:  # quantized tensors have other shapes
-        Parameters(args).check(open_source(path).tensors, str(path))
+    config, args = read_config(path / CONFIG)
+    tensors = open_source(path).tensors
+    if quantization := Quantization.of_config(config, path / CONFIG):
+        tensors = quantization.dequantized(tensors, str(path))
+    Parameters(args).check(tensors, str(path))
 
 
 def load_tokenizer(path: Path, config: dict):

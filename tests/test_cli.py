@@ -190,7 +190,7 @@ class TestConvert:
     def test_a_checkpoint_becomes_a_model(self, checkpoint, tmp_path, text):
         result = run("convert", "mlx", checkpoint, tmp_path / "out", "--dtype", "float16")
         assert result.exit_code == 0
-        assert result.stdout == f"{tmp_path / 'out'}: 3.83 M parameters, 7.8 MB\n"
+        assert result.stdout == f"{tmp_path / 'out'}: 3.83 M parameters, 7.8 MB, 16.30 bits per weight\n"
         assert result.stderr == ""
         assert generate("--model", tmp_path / "out", "-p", "ROMEO:\n", "-m", 60).stdout == text + "\n"
         assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -233,6 +233,55 @@ class TestConvert:
         (tmp_path / "out" / "mine").write_text("")
         assert_one_line(run("convert", "mlx", checkpoint, tmp_path / "out"), "--overwrite")
         assert (tmp_path / "out" / "mine").exists()
+
+
+class TestConvertFromJAX:
+    """A folder as it is downloaded: a stream, pickles beside it, no config."""
+
+    @pytest.fixture
+    def stream(self, golden_dir, tmp_path) -> Path:
+        (tmp_path / "download").mkdir()
+        (tmp_path / "download" / "metadata.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+        return Path(shutil.copy(golden_dir / "jax-mlp-transformer" / "streaming_params", tmp_path / "download"))
+
+    def test_a_stream_becomes_a_model(self, stream, golden_dir, tmp_path):
+        """With the constants that it was made with, what its own config gives."""
+        own, out = tmp_path / "own", tmp_path / "out"
+        assert run("convert", "mlx", golden_dir / "jax-mlp-transformer", own).exit_code == 0
+        result = run("convert", "mlx", stream.parent, out, "--ttt-base-lr", 1, "--rope-theta", 10000)
+        assert result.exit_code == 0
+        assert re.match(r"warning: no config: .* rms_norm_eps 1e-06 \(--rms-norm-eps\)\n", result.stderr)
+        made, expected = (json.loads((folder / "config.json").read_text()) for folder in (out, own))
+        assert made.items() <= expected.items()
+        assert (out / "model.safetensors").read_bytes() == (own / "model.safetensors").read_bytes()
+
+    def test_inspect(self, stream):
+        result = run("convert", "inspect", stream.parent)
+        assert result.exit_code == 0
+        facts = ("JAX stream", "TTT-MLP", "2 layers", "1 heads of 64", "vocabulary 160", "ttt_base_lr 0.1", "tied")
+        for fact in facts:
+            assert fact in result.stdout, fact
+        assert "problem" not in result.stdout
+
+    @pytest.mark.parametrize(
+        ("damage", "options", "message"),
+        [
+            (lambda f: _truncate(f, 0.5), (), "streaming_params: truncated or damaged"),
+            (lambda f: f.write_bytes(b"\x80\x04N."), (), "streaming_params: named like a JAX stream, but is a pickle"),
+            (lambda f: f.rename(f.with_name("weights")), (), "no weights in this folder .*JAX streams"),
+            (lambda f: None, ("--ttt-base-lr", 0), "ttt_base_lr is 0.0, expected a positive number"),
+            (lambda f: None, ("--config", "nowhere.json"), "nowhere.json: no such file"),
+            (lambda f: (f.parent / "config.json").write_text("{}"), (), "config.json: lacks vocab_size"),
+        ],
+    )
+    def test_bad_input(self, stream, tmp_path, damage, options, message):
+        damage(stream)
+        assert_one_line(run("convert", "mlx", stream.parent, tmp_path / "out", *options), message)
+        assert [path.name for path in tmp_path.iterdir()] == ["download"]
+
+    def test_constants_of_a_checkpoint_with_a_config(self, checkpoint, tmp_path):
+        result = run("convert", "mlx", checkpoint, tmp_path / "out", "--rope-theta", 500)
+        assert_one_line(result, "config.json: set rope_theta in there")
 
 
 class TestProcess:

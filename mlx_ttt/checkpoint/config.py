@@ -1,14 +1,17 @@
-"""config.json: other people's, checked; ours, written."""
+"""config.json: other people's, checked; inferred where there is none; ours, written."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import CheckpointError
 from ..model import ModelArgs
-from .directory import CONFIG
+from .directory import CONFIG, MODEL_FILE
+from .inferred import assumed_config, inferred_config
+from .source import Source
 from .untrusted import quoted, read_json
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -28,6 +31,53 @@ _LARGEST = {
 }
 # Fields that say nothing about the network but that other tools read.
 _CARRIED = ("architectures", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checkpoint's config as it is, as the model's arguments, and where it comes from."""
+
+    fields: dict
+    args: ModelArgs
+    path: Path | None  # None when it was inferred
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path else "the config that its own shapes give"
+
+
+def config_of(checkpoint: Source, given: Path | None = None, assumptions: Mapping[str, float] | None = None) -> Config:
+    """The config of a checkpoint: the file given, else config.json beside it, else inferred where the format has none.
+
+    Args:
+        given: a config file.
+        assumptions: values of fields that no tensor tells, by name: only for a config that is inferred.
+
+    Raises:
+        CheckpointError: there is no config, or it is not one of a TTT model, or it needs no assumptions.
+    """
+    if given or not checkpoint.comes_without_config or os.path.isfile(checkpoint.folder / CONFIG):
+        path = find_config(checkpoint.folder, given)
+        config, args = read_config(path)
+        if assumptions:
+            name = next(iter(assumptions))
+            raise CheckpointError(f"{path}: set {name} in there; the option is for checkpoints without a config")
+        return Config(config, args, path)
+
+    config = inferred_config(checkpoint.tensors, str(checkpoint.path))
+    told = dict(assumptions or {})
+    assumed = {name: value for name, value in assumed_config(config).items() if name not in told}
+    config |= assumed | told
+    return Config(config, _arguments(config, str(checkpoint.path)), None, _warnings(assumed))
+
+
+def _warnings(assumed: Mapping[str, float]) -> tuple[str, ...]:
+    if not assumed:
+        return ()
+    values = ", ".join(f"{name} {value:g}" for name, value in assumed.items())
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
+    return (f"no config: sizes come from the tensors; assumed as in the released models: {values} ({options})",)
 
 
 def find_config(folder: Path, config: Path | None) -> Path:
@@ -54,24 +104,19 @@ def read_config(path: Path) -> tuple[dict, ModelArgs]:
     missing = [name for name in _SIZES if name not in config]
     if missing:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
+    return config, _arguments(config, str(path))
+
+
+def _arguments(config: dict, where: str) -> ModelArgs:
+    """A config as the model's arguments, none of them ill-typed or absurd."""
     try:
         args = ModelArgs.from_dict(config)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {quoted(error)}") from None
+        raise CheckpointError(f"{where}: {quoted(error)}") from None
     for name, largest in _LARGEST.items():
         if getattr(args, name) > largest:
-            raise CheckpointError(f"{path}: {name} is {quoted(getattr(args, name))}, more than any model has")
-    return config, args
-
-
-def refuse_quantized(config: dict, path: Path) -> None:
-    """Converting needs the original weights.
-
-    Raises:
-        CheckpointError: the config says that they are quantized.
-    """
-    if config.get("quantization") or config.get("quantization_config"):
-        raise CheckpointError(f"{path}: the weights are quantized; convert the original checkpoint instead")
+            raise CheckpointError(f"{where}: {name} is {quoted(getattr(args, name))}, more than any model has")
+    return args
 
 
 def _refuse_other_architectures(config: dict, path: Path) -> None:
@@ -86,4 +131,4 @@ def written_config(config: dict, args: ModelArgs, dtype: str) -> dict:
     """The config of a model directory: every field of the network, what other tools read, and the weights' dtype."""
     network = {field.name: getattr(args, field.name) for field in fields(args)}
     carried = {name: config[name] for name in _CARRIED if name in config}
-    return network | carried | {"model_type": "ttt", "torch_dtype": dtype}
+    return network | carried | {"model_type": "ttt", "model_file": MODEL_FILE, "torch_dtype": dtype}

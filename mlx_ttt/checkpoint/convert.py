@@ -6,17 +6,20 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 
-from ..errors import CheckpointError, OutputError, TokenizerError
+from ..errors import CheckpointError, OutputError, QuantizationError, TokenizerError
 from ..model import ModelArgs
-from .config import find_config, read_config, refuse_quantized, written_config
-from .directory import CONFIG, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, shard_name
+from .card import model_card
+from .config import config_of, written_config
+from .directory import CARD, CONFIG, GENERATION_CONFIG, MODEL_FILE, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, shard_name
 from .folder import complete_folder
+from .hub import locate
 from .parameters import EMBEDDING, HEAD, Parameters
+from .quantization import Quantization, Scheme
 from .safetensors import write_safetensors
 from .source import Source, open_source
 from .tensor import Tensor, dtype_name
@@ -24,6 +27,12 @@ from .untrusted import read_json
 
 LARGEST_SHARD = 5 * 10**9  # bytes
 _SMALL_FILES = 1 << 20  # bytes for configs and headers, at most
+_MODEL_FILE_TEXT = '''"""For mlx-lm with `--trust-remote-code`; mlx-ttt itself does without this file."""
+
+from mlx_ttt.model import Model, ModelArgs  # pip install mlx-ttt
+
+__all__ = ["Model", "ModelArgs"]
+'''
 _TOKENIZER_GROWTH = 8  # a tokenizer.json made of a tokenizer.model has at most so many times its size
 
 
@@ -36,7 +45,9 @@ class Inspection:
     parameters: int
     bytes_by_dtype: dict[str, int]
     args: ModelArgs | None  # None when there is no usable config
+    quantization: Quantization | None
     tokenizer_files: tuple[str, ...]
+    warnings: tuple[str, ...]
     problems: tuple[str, ...]  # empty when `convert` would accept it, as far as one can tell without its values
 
 
@@ -48,6 +59,10 @@ class ConversionReport:
     bytes_by_dtype: dict[str, int]
     warnings: tuple[str, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(self.bytes_by_dtype.values())
+
 
 def inspect(source: Path | str, config: Path | str | None = None) -> Inspection:
     """Describe a checkpoint, and say what keeps it from being converted.
@@ -56,23 +71,26 @@ def inspect(source: Path | str, config: Path | str | None = None) -> Inspection:
         CheckpointError: there is no checkpoint at `source`, or it is damaged.
     """
     checkpoint = open_source(Path(source))
-    args, problems = None, []
+    args, quantization, warnings, problems, tensors = None, None, (), [], checkpoint.tensors
     try:
-        config_path = find_config(checkpoint.folder, config and Path(config))
-        given_config, args = read_config(config_path)
-        refuse_quantized(given_config, config_path)
-        problems = Parameters(args).problems(checkpoint.tensors)
+        found = config_of(checkpoint, config and Path(config))
+        args, warnings = found.args, found.warnings
+        if quantization := Quantization.of_config(found.fields, found.path):
+            tensors = quantization.dequantized(tensors, str(checkpoint.path))
+        problems = Parameters(args).problems(tensors)
     except CheckpointError as error:
         problems = [str(error)]
-    own = dict(checkpoint.tensors)
-    if args and args.tie_word_embeddings:
-        own.pop(HEAD, None)
+    tied = HEAD if args and args.tie_word_embeddings else None
+    stored = {name: tensor for name, tensor in checkpoint.tensors.items() if name != tied}
     return Inspection(
         format=checkpoint.format,
-        tensors=len(own),
-        **_figures(own),
+        tensors=len(stored),
+        parameters=sum(tensor.size for name, tensor in tensors.items() if name != tied),
+        bytes_by_dtype=_bytes_by_dtype(stored),
         args=args,
+        quantization=quantization,
         tokenizer_files=tuple(name for name in TOKENIZER_FILES if os.path.isfile(checkpoint.folder / name)),
+        warnings=warnings,
         problems=tuple(problems),
     )
 
@@ -81,9 +99,15 @@ def convert(
     source: Path | str,
     out: Path | str,
     *,
+    revision: str | None = None,
+    name: str | None = None,
     dtype: mx.Dtype | None = None,
+    quantize: Scheme | None = None,
+    recipe: str | None = None,
+    dequantize: bool = False,
     config: Path | str | None = None,
     tokenizer: Path | str | None = None,
+    assumptions: Mapping[str, float] | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -93,30 +117,43 @@ def convert(
     One tensor is in memory at a time.
 
     Args:
-        source: a folder with safetensors or PyTorch weights, or a weights file.
+        source: a folder with safetensors or PyTorch weights or a JAX stream, a weights file, or a repository on the
+            Hugging Face Hub, `org/name`.
         out: the model directory to make.
+        revision: branch, tag or commit of the repository.
+        name: of the model in its card, by which it will be loaded; None says `out`'s.
         dtype: of the parameters, except the inner model's, which stay float32; None keeps what each tensor has.
+        quantize: how to quantize the projections and embeddings; nothing else is quantized.
+        recipe: a mixed recipe of mlx-lm, which gives matrices bits of their own; in the groups of `quantize`.
+        dequantize: write floating-point weights from a quantized model directory.
         config: the config file, if it is not config.json beside the weights.
         tokenizer: tokenizer file or a folder with one, if it is not beside the weights.
+        assumptions: ttt_base_lr, rope_theta or rms_norm_eps, by name, of a JAX stream without a config.
         overwrite: replace a model directory at `out`: a folder with such files alone.
         allow_nonfinite: convert weights that are NaN or infinite too, with a warning.
         progress: called with the bytes written so far and in all.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or is not what its config describes.
+        HubError: the repository cannot be downloaded.
+        QuantizationError: no matrix can be quantized like that, or a quantized model needs `quantize` or `dequantize`.
         TokenizerError: its tokenizer files are damaged.
         OutputError: `out` exists or cannot be written to.
     """
-    checkpoint, out = open_source(Path(source)), _in_real_folder(Path(out))
-    config_path = find_config(checkpoint.folder, config and Path(config))
+    located, out = locate(source, revision), _in_real_folder(Path(out))
+    checkpoint = open_source(located.path)
+    found = config_of(checkpoint, config and Path(config), assumptions)
+    args = found.args
     tokenizer_source = Path(checkpoint.folder if tokenizer is None else tokenizer)
-    _refuse_overlap(out, [*checkpoint.files, config_path, tokenizer_source])
-    given_config, args = read_config(config_path)
-    refuse_quantized(given_config, config_path)
+    _refuse_overlap(out, [*checkpoint.files, *filter(None, [found.path]), tokenizer_source])
+    before = Quantization.of_config(found.fields, found.path)
+    _check_choice(checkpoint.path, before, quantize, dequantize)
+    if before:
+        checkpoint = replace(checkpoint, tensors=before.dequantized(checkpoint.tensors, str(checkpoint.path)))
     parameters = Parameters(args)
-    parameters.check(checkpoint.tensors, f"{checkpoint.path}: does not fit {config_path.name}")
+    parameters.check(checkpoint.tensors, f"{checkpoint.path}: does not fit {found.name}")
 
-    warnings: list[str] = []
+    warnings = list(found.warnings)
 
     def nonfinite(sentence: str) -> None:
         if not allow_nonfinite:
@@ -126,23 +163,45 @@ def convert(
     tensors = {
         name: parameters.as_parameter(name, checkpoint.tensors[name], dtype, nonfinite) for name in parameters.shapes()
     }
-    new_config = written_config(given_config, args, dtype_name(tensors[EMBEDDING].dtype))
+    count = sum(tensor.size for tensor in tensors.values())
+    new_config = written_config(found.fields, args, dtype_name(tensors[EMBEDDING].dtype))
+    after = None
+    if quantize:
+        after = Quantization.mixed(recipe, quantize, args) if recipe else Quantization(quantize)
+        tensors, unfit = after.quantized(tensors, args)
+        new_config |= after.config()
+        warnings += unfit
+        if before:
+            warnings.append(f"the weights were quantized before ({before}): what they lost then stays lost")
     nbytes = sum(tensor.nbytes for tensor in tensors.values()) + _tokenizer_bytes(tokenizer_source) + _SMALL_FILES
     with mx.stream(mx.cpu), complete_folder(out, nbytes, overwrite) as folder:  # only the CPU knows float64
         _check_tied_head(checkpoint, args)
         _write_json(folder / CONFIG, new_config)
+        (folder / MODEL_FILE).write_text(_MODEL_FILE_TEXT, encoding="utf-8")
         warnings += _copy_generation_config(checkpoint.folder, folder)
         warnings += _write_tokenizer(tokenizer_source, tokenizer is not None, folder, new_config)
         _write_weights(folder, tensors, progress)
-    return ConversionReport(**_figures(tensors), warnings=tuple(warnings))
+        report = ConversionReport(count, _bytes_by_dtype(tensors), tuple(warnings))
+        card = model_card(name or out.name, args, located, checkpoint, count, report.bytes_by_dtype, after)
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return report
 
 
-def _figures(tensors: Mapping[str, Tensor]) -> dict:
+def _bytes_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     nbytes: Counter[str] = Counter()
     for tensor in tensors.values():
         nbytes[dtype_name(tensor.dtype)] += tensor.nbytes
-    parameters = sum(tensor.size for tensor in tensors.values())
-    return {"parameters": parameters, "bytes_by_dtype": dict(nbytes)}
+    return dict(nbytes)
+
+
+def _check_choice(path: Path, before: Quantization | None, quantize: Scheme | None, dequantize: bool) -> None:
+    """A quantized model is written as what the user says, and nothing is guessed."""
+    if quantize and dequantize:
+        raise QuantizationError("quantize or dequantize, not both")
+    if dequantize and not before:
+        raise QuantizationError(f"{path}: its weights are not quantized; leave out --dequantize")
+    if before and not (quantize or dequantize):
+        raise QuantizationError(f"{path}: its weights are quantized ({before}): say --dequantize, or --bits for others")
 
 
 def _in_real_folder(path: Path) -> Path:

@@ -11,6 +11,8 @@ from ..errors import CheckpointError, OutputError
 from .untrusted import read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+MODEL_FILE = "ttt.py"  # with it, mlx-lm's own commands find the architecture
+CARD = "README.md"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -18,7 +20,7 @@ TOKENIZER_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "chat_te
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _NAMES = {
-    *(CONFIG, GENERATION_CONFIG, WEIGHTS, WEIGHTS_INDEX, "README.md"),
+    *(CONFIG, GENERATION_CONFIG, MODEL_FILE, WEIGHTS, WEIGHTS_INDEX, CARD),
     ".DS_Store",  # Finder leaves it wherever it looks
     *(*TOKENIZER_FILES, TOKENIZER_CONFIG, *TOKENIZER_COMPANIONS),
 }

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
 from .directory import WEIGHTS, WEIGHTS_INDEX
+from .jax_stream import has_stream_name, read_jax_stream, starts_like_stream
 from .names import official_names, state_dict
 from .safetensors import read_safetensors
 from .tensor import Tensor
 from .torch_zip import read_torch_zip
 from .untrusted import quoted, read_json
 
+_SAFETENSORS, _PYTORCH, _JAX = "safetensors", "PyTorch", "JAX stream"
+_KNOWN = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # What training tools leave beside the weights.
 _NOT_WEIGHTS = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
@@ -32,9 +36,14 @@ class Source:
     def folder(self) -> Path:
         return self.path if self.path.is_dir() else self.path.parent
 
+    @property
+    def comes_without_config(self) -> bool:
+        """Whether no checkpoint of this format has a config, so that it is inferred from the tensors."""
+        return self.format == _JAX
+
 
 def open_source(path: Path) -> Source:
-    """Open a checkpoint: a folder with safetensors or .bin weights, sharded or not, or a weights file itself.
+    """Open a checkpoint: a folder with safetensors or .bin weights, sharded or not, or a JAX stream; or a weights file.
 
     Raises:
         CheckpointError: nothing is there, it is not a checkpoint, or it is damaged.
@@ -46,57 +55,66 @@ def open_source(path: Path) -> Source:
         files, tensors = _read_shards(weights)
     else:
         files, tensors = (weights,), _read_weights(weights)
-    kind = "safetensors" if _is_safetensors(files[0]) else "PyTorch"
     sharded = f", {len(files)} shards" if len(files) > 1 else ""
-    return Source(path, kind + sharded, files, official_names(tensors, str(path)))
+    return Source(path, _format(files[0]) + sharded, files, official_names(tensors, str(path)))
+
+
+def weights_among(names: Iterable[str]) -> list[str]:
+    """The files to start from among a folder's, by their names: the one that the Hub knows, else all that may be it."""
+    names = sorted(names)
+    for name in _KNOWN:
+        if name in names:
+            return [name]
+    return [name for name in names if has_stream_name(name)] or [
+        name for name in names if name.endswith(_SUFFIXES) and not name.startswith(_NOT_WEIGHTS)
+    ]
 
 
 def _weights_file(folder: Path) -> Path:
-    """The file to start from in a folder: by the names that the Hub knows, else the only one there is."""
+    """The only file in a folder to start from."""
     try:
-        files = [folder / name for name in sorted(os.listdir(folder))]
+        names = os.listdir(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: {error.strerror}") from None
-    for name in (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if folder / name in files:
-            return folder / name
-    found = [
-        file
-        for file in files
-        if file.suffix in _SUFFIXES and os.path.isfile(file) and not file.name.startswith(_NOT_WEIGHTS)
-    ]
+    found = weights_among(name for name in names if name in _KNOWN or os.path.isfile(folder / name))
     if not found:
-        raise CheckpointError(f"{folder}: no weights in this folder (looked for {', '.join(_SUFFIXES)} files)")
+        looked_for = f"looked for {', '.join(_SUFFIXES)} files and JAX streams"
+        raise CheckpointError(f"{folder}: no weights in this folder ({looked_for})")
     if len(found) > 1:
-        names = ", ".join(quoted(file.name) for file in found[:4])
-        raise CheckpointError(f"{folder}: holds {len(found)} weights files ({names}); name the one to read")
-    return found[0]
+        shown = ", ".join(quoted(name) for name in found[:4])
+        raise CheckpointError(f"{folder}: holds {len(found)} weights files ({shown}); name the one to read")
+    return folder / found[0]
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By content: a header length, then a JSON object. Neither a zip file nor a pickle starts like that."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file by the names in it. The content decides the format, unless the name says safetensors."""
+def _format(path: Path) -> str:
+    """A file's format by its content, unless the name says safetensors or JAX stream."""
     if not os.path.isfile(path):
         raise CheckpointError(f"{path}: not a file")
     try:
-        safetensors = path.suffix == ".safetensors" or _is_safetensors(path)
+        with path.open("rb") as file:
+            start = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from None
-    return read_safetensors(path) if safetensors else state_dict(read_torch_zip(path), str(path))
+    if path.suffix == ".safetensors" or start[8:] == b"{":  # a header length, then a JSON object: unlike the others
+        return _SAFETENSORS
+    return _JAX if has_stream_name(path.name) or starts_like_stream(start) else _PYTORCH
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file; from a JAX stream by their official names, else by the names in it."""
+    kind = _format(path)
+    if kind == _SAFETENSORS:
+        return read_safetensors(path)
+    if kind == _JAX:
+        return read_jax_stream(path)
+    return state_dict(read_torch_zip(path), str(path))
 
 
 def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     """The files that an index names and their tensors, which must be just those that it lists."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map")
+    weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
-    files = tuple(index.parent / name for name in sorted({_shard_name(index, name) for name in weight_map.values()}))
+    files = tuple(index.parent / name for name in shard_names(index))
     for file in files:
         if not os.path.isfile(file):
             raise CheckpointError(f"{file}: missing, but {index.name} lists it")
@@ -111,6 +129,22 @@ def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
                 raise CheckpointError(f"{file}: {quoted(min(names))} {fact}{more}")
         tensors |= shard
     return files, tensors
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each beside it.
+
+    Raises:
+        CheckpointError: it cannot be read, names none, or names something else.
+    """
+    return sorted({_shard_name(index, name) for name in _weight_map(index).values()})
+
+
+def _weight_map(index: Path) -> dict[str, object]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map")
+    return weight_map
 
 
 def _shard_name(index: Path, name: object) -> str:

@@ -32,6 +32,10 @@ class Tensor:
     def nbytes(self) -> int:
         return self.size * self.dtype.size
 
+    def transposed(self, axes: tuple[int, ...]) -> Tensor:
+        """The same values with the axes in another order."""
+        return Tensor(tuple(self.shape[axis] for axis in axes), self.dtype, lambda: self.read().transpose(axes))
+
 
 # NumPy has no bfloat16: its bits travel as uint16.
 _NUMPY = {mx.bfloat16: np.dtype("<u2"), mx.bool_: np.dtype("?")} | {

@@ -48,7 +48,7 @@ def _refuse_legacy(file: MappedFile) -> None:
             " torch.save(torch.load(FILE, weights_only=True), FILE)"
         )
     if not start.startswith(b"PK"):
-        raise CheckpointError(f"{file.path}: neither a PyTorch zip archive nor a safetensors file")
+        raise CheckpointError(f"{file.path}: neither a PyTorch zip archive nor a safetensors file nor a JAX stream")
 
 
 class _Archive:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ..errors import TTTError
 from .command import CONTEXT, Command, Progress
 from .coreml import coreml, verify
 
@@ -23,36 +24,68 @@ def convert() -> None:
 @convert.command(cls=Command, context_settings=CONTEXT)
 @click.argument("source", type=Path)
 @click.argument("out", type=Path)
+@click.option("--revision", help="Branch, tag or commit of SOURCE, a repository on the Hub.")
+@click.option("--upload-repo", metavar="ORG/NAME", help="Upload OUT to the Hub; a new repository is public.")
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Of the weights; the checkpoint's own by default. The inner model stays float32.",
 )
+@click.option("--bits", type=int, metavar="N", help="Quantize the projections and embeddings to so many bits.")
+@click.option("--group-size", type=int, metavar="N", help="How many quantized weights share a scale.")
+@click.option(
+    "--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Of quantization; affine by default."
+)
+@click.option(
+    "--quant-predicate",
+    "recipe",
+    type=click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]),
+    help="Quantize with more bits where it matters, by a recipe of mlx-lm.",
+)
+@click.option("--dequantize", is_flag=True, help="Write a quantized model directory's weights in --dtype.")
 @click.option("--config", type=Path, metavar="FILE", help="The model's config.json, where SOURCE has none.")
 @click.option("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model or tokenizer.json, or a folder with it.")
+@click.option("--ttt-base-lr", type=float, help="Of a JAX checkpoint: 1.0 for TTT-Linear, 0.1 for TTT-MLP by default.")
+@click.option("--rope-theta", type=float, help="Of a JAX checkpoint: 10000 by default.")
+@click.option("--rms-norm-eps", type=float, help="Of a JAX checkpoint: 1e-6 by default.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model directory.")
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite too.")
-def mlx(source, out, dtype, config, tokenizer, overwrite, allow_nonfinite):
-    """Convert SOURCE, a PyTorch checkpoint (folder or file), to the MLX model directory OUT."""
+def mlx(source, out, dtype, bits, group_size, mode, upload_repo, ttt_base_lr, rope_theta, rms_norm_eps, **options):
+    """Convert SOURCE, a PyTorch or JAX checkpoint, to the MLX model directory OUT.
+
+    SOURCE is a folder, a file, or a repository on the Hugging Face Hub: org/name.
+    """
     import mlx.core as mx
 
     from ..checkpoint.convert import convert
+    from ..checkpoint.hub import check_upload, upload
+    from ..checkpoint.quantization import Scheme
 
+    if upload_repo is not None:
+        check_upload(upload_repo)
+    if options["recipe"] and bits is not None:
+        raise TTTError("--quant-predicate chooses the bits of each matrix: leave out --bits")
+    is_quantized = options["recipe"] or (bits, group_size, mode) != (None, None, None)
+    assumptions = {"ttt_base_lr": ttt_base_lr, "rope_theta": rope_theta, "rms_norm_eps": rms_norm_eps}
     with Progress("converting") as progress:
         report = convert(
             source,
             out,
             dtype=dtype and getattr(mx, dtype),
-            config=config,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            allow_nonfinite=allow_nonfinite,
+            quantize=Scheme(group_size, bits, mode or "affine") if is_quantized else None,
+            assumptions={name: value for name, value in assumptions.items() if value is not None},
+            name=upload_repo,
             progress=progress,
+            **options,
         )
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
-    size = sum(report.bytes_by_dtype.values())
-    click.echo(f"{out}: {report.parameters / 1e6:.2f} M parameters, {size / 1e6:.1f} MB")
+    click.echo(
+        f"{out}: {report.parameters / 1e6:.2f} M parameters, {report.nbytes / 1e6:.1f} MB,"
+        f" {8 * report.nbytes / report.parameters:.2f} bits per weight"
+    )
+    if upload_repo is not None:
+        click.echo(upload(out, upload_repo))
 
 
 @convert.command(cls=Command, context_settings=CONTEXT)
@@ -65,6 +98,8 @@ def inspect(source, config):
     found = inspect(source, config=config)
     for name, value in _facts(found):
         click.echo(f"{name + ':':12} {value}")
+    for warning in found.warnings:
+        click.echo(f"{'warning:':12} {warning}")
     for problem in found.problems:
         click.echo(f"{'problem:':12} {problem}")
 
@@ -74,6 +109,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     yield "format", found.format
     sizes = ", ".join(f"{nbytes / 1e6:.1f} MB {dtype}" for dtype, nbytes in found.bytes_by_dtype.items())
     yield "weights", f"{found.parameters / 1e6:.2f} M in {found.tensors} tensors, {sizes}"
+    if found.quantization:
+        yield "quantized", str(found.quantization)
     if args := found.args:
         yield "model", {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type]
         yield (

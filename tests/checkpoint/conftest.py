@@ -35,3 +35,13 @@ def unreadable(monkeypatch) -> Callable[[Path], Path]:
         return path
 
     return take
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"

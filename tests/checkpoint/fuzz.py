@@ -8,6 +8,7 @@ on memory holds for all of it.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import msgpack
 import numpy as np
 from mlx.utils import tree_flatten
 
@@ -27,6 +29,7 @@ from mlx_ttt.checkpoint.convert import convert, inspect
 from mlx_ttt.errors import TTTError
 from mlx_ttt.model import Model, ModelArgs
 
+from .jax_format import chunked, jax_arrays, official_arrays, read_stream, train_state, write_stream
 from .torch_format import tensor, write_torch
 
 MEMORY = 512 << 20  # bytes, above what the process has at the start
@@ -44,7 +47,7 @@ CONFIG = {
     "tie_word_embeddings": True,
     "ttt_layer_type": "linear",
 }
-KINDS = ("bin", "pickle", "safetensors", "header", "index", "config")
+KINDS = ("bin", "pickle", "safetensors", "header", "index", "config", "stream", "records")
 FIELDS = [0, 1, 2, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 VALUES = [
     None,
@@ -109,7 +112,12 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.4:
         return mutate(data, rng)
     value = json.loads(data)
-    node = value
+    mutate_tree(value, rng)
+    return json.dumps(value).encode()
+
+
+def mutate_tree(node: dict | list, rng: random.Random) -> None:
+    """Replace or delete a value somewhere inside."""
     while True:
         key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
         if isinstance(node[key], dict | list) and node[key] and rng.random() < 0.8:
@@ -118,7 +126,29 @@ def mutate_json(data: bytes, rng: random.Random) -> bytes:
         node[key] = rng.choice(VALUES)
         if rng.random() < 0.2:
             del node[key]
-        return json.dumps(value).encode()
+        return
+
+
+def unpacked(value: bytes) -> object:
+    """What Flax packed, with arrays as lists."""
+    return msgpack.unpackb(value, ext_hook=lambda code, data: msgpack.unpackb(data))
+
+
+def packed_record(record: object) -> bytes:
+    """A record of a stream from what `unpacked` gives, or anything else as it is."""
+
+    def flax(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: flax(member) for key, member in value.items()}
+        return msgpack.ExtType(1, packb(value)) if isinstance(value, list) else value
+
+    def packb(value: object) -> bytes:
+        return msgpack.packb(value, unicode_errors="surrogatepass", default=str)  # for numbers of more than 64 bits
+
+    match record:
+        case [key, value]:
+            return packb([key, packb(flax(value))])
+    return packb(record)
 
 
 class Campaign:
@@ -175,6 +205,27 @@ class Campaign:
         index = self.folder / "model.safetensors.index.json"
         index.write_text(json.dumps({"weight_map": weight_map}))
         return index, mutate_json, lambda: self.weights
+
+    def stream(self) -> tuple[Path, Callable, Callable]:
+        """Nothing guards the numbers: what the msgpack package reads from the damaged file is the correct result."""
+        (self.folder / "config.json").unlink()
+        official = {n: a.swapaxes(1, 2) if ".conv" in n and a.ndim == 3 else a for n, a in self.weights.items()}
+        arrays = jax_arrays(official)
+        arrays["model", "wte", "embedding"] = chunked(arrays["model", "wte", "embedding"], 50)
+        file = write_stream(self.folder / "streaming_train_state", train_state(arrays))
+        return file, mutate, lambda: official_arrays(read_stream(file.read_bytes()), self.weights)
+
+    def records(self) -> tuple[Path, Callable, Callable]:
+        """Keys, shapes, dtypes and pieces damaged, and packed as MessagePack again."""
+        file, _, expected = self.stream()
+        original = [[key, unpacked(value)] for key, value in msgpack.Unpacker(file.open("rb"))]
+
+        def damage(_: bytes, rng: random.Random) -> bytes:
+            records = copy.deepcopy(original)
+            mutate_tree(records, rng)
+            return b"".join(map(packed_record, records))
+
+        return file, damage, expected
 
     def config(self) -> tuple[Path, Callable, Callable]:
         self.bin()

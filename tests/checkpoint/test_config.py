@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
-from mlx_ttt.checkpoint.config import find_config, read_config, refuse_quantized, written_config
+from mlx_ttt.checkpoint.config import config_of, find_config, read_config, written_config
+from mlx_ttt.checkpoint.source import Source
+from mlx_ttt.checkpoint.tensor import Tensor
 from mlx_ttt.errors import CheckpointError
 
+from .test_convert import ARGS, official
+
+MLP = replace(ARGS, ttt_layer_type="mlp", pre_conv=False, share_qk=False, use_gate=False, conv_kernel=4)
+BLOCK = "layers.0.seq_modeling_block."
 GOOD = {
     "model_type": "ttt",
     "architectures": ["TTTForCausalLM"],
@@ -87,15 +96,6 @@ def test_bad_field(read, change, message):
     assert "config.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-@pytest.mark.parametrize("field", ["quantization", "quantization_config"])
-def test_quantized(read, tmp_path, field):
-    """Such a model can be loaded, so the config is a good one; but it cannot be converted."""
-    config, _ = read(GOOD | {field: {"bits": 4}})
-    with pytest.raises(CheckpointError, match=r"config\.json: the weights are quantized; convert the original"):
-        refuse_quantized(config, tmp_path / "config.json")
-    refuse_quantized(GOOD, tmp_path / "config.json")
-
-
 @pytest.mark.parametrize("depth", [10, 300, 900, 950, 980, 10**5])
 def test_deep_value(read, depth):
     with pytest.raises(CheckpointError, match=r"hidden_act|not valid JSON"):
@@ -140,5 +140,81 @@ def test_written_config(read):
     written = written_config(*read(given), "bfloat16")
     assert written["torch_dtype"] == "bfloat16" and "dtype" not in written
     assert written["eos_token_id"] == 2 and written["rope_theta"] == 10000.0 and written["hidden_size"] == 64
-    assert not {"auto_map", "model_file"} & written.keys()
+    assert "auto_map" not in written and written["model_file"] == "ttt.py"
     assert read(written)[1] == read(given)[1]
+
+
+class TestWhereTheConfigComesFrom:
+    """`config_of`: the file that is given, the one beside the weights, or the tensors themselves."""
+
+    @pytest.fixture
+    def stream(self, tmp_path):
+        tensors = {name: Tensor(array.shape, mx.float32, None) for name, array in official().items()}
+        return Source(tmp_path, "JAX stream", (tmp_path / "streaming_params",), tensors)
+
+    def test_inferred(self, stream):
+        config = config_of(stream)
+        assert config.args == ARGS and config.path is None
+        assert re.search(
+            r"^no config: .* ttt_base_lr 1, rope_theta 10000, rms_norm_eps 1e-06 "
+            r"\(--ttt-base-lr, --rope-theta, --rms-norm-eps\)$",
+            *config.warnings,
+        )
+
+    def test_base_lr_of_the_inner_model(self, stream):
+        mlp = replace(stream, tensors={n: Tensor(a.shape, mx.float32, None) for n, a in official(MLP).items()})
+        assert config_of(mlp).args == replace(MLP, ttt_base_lr=0.1)
+
+    def test_untied(self, stream):
+        stream.tensors["lm_head.weight"] = stream.tensors["model.embed_tokens.weight"]
+        assert config_of(stream).args == replace(ARGS, tie_word_embeddings=False)
+
+    def test_assumptions(self, stream):
+        given = {"ttt_base_lr": 0.3, "rope_theta": 500.0}
+        config = config_of(stream, None, given)
+        assert config.args == replace(ARGS, **given)
+        assert "rms_norm_eps 1e-06 (--rms-norm-eps)" in config.warnings[0] and "rope" not in config.warnings[0]
+        assert config_of(stream, None, given | {"rms_norm_eps": 1e-5}).warnings == ()
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e30])
+    @pytest.mark.parametrize("name", ["ttt_base_lr", "rope_theta", "rms_norm_eps"])
+    def test_bad_assumption(self, stream, name, value):
+        with pytest.raises(CheckpointError, match=f"^{stream.path}: {name} is "):
+            config_of(stream, None, {name: value})
+
+    @pytest.mark.parametrize("kind", ["JAX stream", "PyTorch"])
+    def test_a_file_wins(self, stream, kind):
+        source = replace(stream, format=kind)
+        for name, given in (("config.json", None), ("mine.json", stream.path / "mine.json")):
+            (stream.path / name).write_text(json.dumps(GOOD | {"bos_token_id": len(name)}))
+            config = config_of(source, given)
+            assert config.args.hidden_size == 64 and config.path.name == config.name == name and not config.warnings
+            assert config.fields["bos_token_id"] == len(name)
+            with pytest.raises(CheckpointError, match=rf"{name}: set rope_theta in there; the option is for"):
+                config_of(source, given, {"rope_theta": 500.0})
+
+    def test_only_a_stream_can_do_without(self, stream):
+        for source, given in ((replace(stream, format="PyTorch"), None), (stream, stream.path / "config.json")):
+            with pytest.raises(CheckpointError, match=r"config\.json: no such file"):
+                config_of(source, given, {"rope_theta": 500.0})
+
+    @pytest.mark.parametrize(
+        "name",
+        ["embed_tokens.weight", "layers.0.mlp.gate_proj.weight", f"{BLOCK}W1", f"{BLOCK}learnable_token_idx"],
+    )
+    def test_what_it_needs(self, stream, name):
+        name = f"model.{name}"
+        tensor = stream.tensors.pop(name)
+        with pytest.raises(CheckpointError, match=rf"{name} is missing, which tells the size"):
+            config_of(stream)
+        stream.tensors[name] = Tensor((*tensor.shape, 1), mx.float32, None)
+        with pytest.raises(CheckpointError, match=rf"{name} has shape \(.*, 1\), expected {len(tensor.shape)} axes"):
+            config_of(stream)
+
+    def test_sizes_that_no_model_has(self, stream):
+        stream.tensors["model.embed_tokens.weight"] = Tensor((2**30, 12), mx.float32, None)
+        with pytest.raises(CheckpointError, match="vocab_size is 1073741824, more than any model has"):
+            config_of(stream)
+        stream.tensors["model.embed_tokens.weight"] = Tensor((37, 13), mx.float32, None)
+        with pytest.raises(CheckpointError, match="hidden_size 13 does not divide into 2 heads"):
+            config_of(stream)

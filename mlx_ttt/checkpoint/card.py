@@ -1,0 +1,92 @@
+"""The model card: README.md of a model directory, in the form that the Hugging Face Hub shows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from .. import __version__
+from ..model import ModelArgs
+from .directory import MODEL_FILE
+from .hub import Located, address
+from .quantization import Quantization
+from .source import Source
+from .untrusted import quoted
+
+_HASHED_AT_ONCE = 1 << 22  # bytes
+
+
+def model_card(
+    name: str,
+    args: ModelArgs,
+    located: Located,
+    source: Source,
+    parameters: int,
+    bytes_by_dtype: Mapping[str, int],
+    quantization: Quantization | None,
+) -> str:
+    """What a model is, where it comes from and how to use it. Reads the source's weights files once, for their hashes.
+
+    Args:
+        name: by which the model is to be loaded: a repository or a folder.
+    """
+    kind = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type]
+    nbytes = sum(bytes_by_dtype.values())
+    if located.repo:
+        origin = f"[{located.repo}]({address(located.repo, located.commit)})"
+    else:
+        origin = f"`{quoted(source.path.absolute().name)}`"
+    dtypes = ", ".join(dtype for dtype in bytes_by_dtype if dtype not in ("uint32", "uint8"))
+    precision = f"projections and embeddings in {quantization}; the rest in {dtypes}" if quantization else dtypes
+    hashes = "".join(f"| `{quoted(file.name)}` | `{digest}` |\n" for file, digest in _sha256(source.files))
+    base_model = f"base_model: {located.repo}\n" if located.repo else ""
+    title, loaded = quoted(name), json.dumps(name)
+    return f"""---
+library_name: mlx
+pipeline_tag: text-generation
+tags: [mlx, ttt, test-time-training]
+{base_model}---
+# {title}
+A {kind} language model of {parameters / 1e6:.2f} M parameters for [MLX](https://github.com/ml-explore/mlx): a
+recurrent network whose hidden state is itself a small model, trained on every token it reads (Sun et al. 2024,
+arXiv 2407.04620).
+
+- **Network**: {args.num_hidden_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads of \
+{args.head_dim}, mini-batch size {args.mini_batch_size}, vocabulary {args.vocab_size}.
+- **Converted from** {origin} ({source.format}) with `mlx_ttt` {__version__}. Its license applies.
+- **Precision**: {precision}. The inner model is float32.
+- **Size**: {nbytes / 1e6:.1f} MB, {8 * nbytes / parameters:.2f} bits per weight.
+
+| file it was converted from | SHA-256 |
+|---|---|
+{hashes}
+## Use
+With `mlx_ttt`:
+
+```python
+import mlx_ttt
+
+model, tokenizer = mlx_ttt.load({loaded})
+print(mlx_ttt.generate(model, tokenizer, "Once upon a time", max_tokens=100))
+```
+
+With mlx-lm, where `mlx_ttt` is installed:
+
+```python
+from mlx_lm import generate, load
+
+model, tokenizer = load({loaded}, trust_remote_code=True)  # runs {MODEL_FILE}, which imports mlx_ttt
+print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
+```
+"""
+
+
+def _sha256(files: Iterable[Path]) -> Iterable[tuple[Path, str]]:
+    for path in files:
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(_HASHED_AT_ONCE):
+                digest.update(part)
+        yield path, digest.hexdigest()

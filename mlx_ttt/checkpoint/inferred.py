@@ -1,0 +1,58 @@
+"""The config of a checkpoint that comes without one: what its tensors' names and shapes say, and what they cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ..errors import CheckpointError
+from .parameters import EMBEDDING, HEAD
+from .tensor import Tensor
+
+_LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
+# Of all released models, from the official training scripts.
+_BASE_LR = {"linear": 1.0, "mlp": 0.1}
+
+
+def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
+    """What the tensors of a checkpoint, in official names, say of its config.
+
+    Only what is needed is looked at: whether all tensors fit the config is for `Parameters` to find out.
+
+    Raises:
+        CheckpointError: a tensor that is needed is missing or has not as many axes as it should.
+    """
+
+    def shape(name: str, axes: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise CheckpointError(f"{where}: {name} is missing, which tells the size of the model")
+        if len(tensors[name].shape) != axes:
+            raise CheckpointError(f"{where}: {name} has shape {tensors[name].shape}, expected {axes} axes")
+        return tensors[name].shape
+
+    layer = "model.layers.0."
+    block = f"{layer}seq_modeling_block."
+    vocab_size, hidden_size = shape(EMBEDDING, 2)
+    config = {
+        "model_type": "ttt",
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": shape(f"{layer}mlp.gate_proj.weight", 2)[0],
+        "num_hidden_layers": 1 + max(int(match[1]) for match in map(_LAYER.match, tensors) if match),
+        "num_attention_heads": shape(f"{block}W1", 3)[0],
+        "mini_batch_size": shape(f"{block}learnable_token_idx", 1)[0],
+        "ttt_layer_type": "mlp" if f"{block}W2" in tensors else "linear",
+        "pre_conv": f"{layer}conv.conv.weight" in tensors,
+        "share_qk": f"{block}conv_q.weight" in tensors,
+        "use_gate": f"{block}g_proj.weight" in tensors,
+        "tie_word_embeddings": HEAD not in tensors,
+    }
+    for convolution in (f"{layer}conv.conv.weight", f"{block}conv_q.weight"):
+        if convolution in tensors:
+            config["conv_kernel"] = shape(convolution, 3)[2]
+    return config
+
+
+def assumed_config(config: Mapping[str, object]) -> dict[str, float]:
+    """What no tensor says: the released models' constants."""
+    return {"ttt_base_lr": _BASE_LR[config["ttt_layer_type"]], "rope_theta": 10000.0, "rms_norm_eps": 1e-6}

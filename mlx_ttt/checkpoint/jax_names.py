@@ -1,0 +1,64 @@
+"""The names that the official JAX implementation gives to its parameters, as the official PyTorch names."""
+
+from __future__ import annotations
+
+import re
+
+_LAYER = re.compile(r"model/h/(0|[1-9][0-9]{0,5})/")
+
+# PyTorch name, and the JAX axes in PyTorch's order; None where they agree.
+_TRANSPOSED = (1, 0)  # a kernel [in, out] of a projection
+_CONVOLUTION = (2, 1, 0)  # [kernel, 1, C]
+_MODEL = {
+    "model/wte/embedding": ("model.embed_tokens.weight", None),
+    "model/ln_f/kernel": ("model.norm.weight", None),
+    "lm_head/kernel": ("lm_head.weight", _TRANSPOSED),
+}
+_IN_LAYER = {
+    "seq_norm/kernel": ("seq_norm.weight", None),
+    "ffn_norm/kernel": ("ffn_norm.weight", None),
+    "feed_forward/w1/kernel": ("mlp.gate_proj.weight", _TRANSPOSED),
+    "feed_forward/w2/kernel": ("mlp.down_proj.weight", _TRANSPOSED),
+    "feed_forward/w3/kernel": ("mlp.up_proj.weight", _TRANSPOSED),
+    "conv/conv_norm/kernel": ("conv.norm.weight", None),
+    "conv/conv1/kernel": ("conv.conv.weight", _CONVOLUTION),
+    "conv/conv1/bias": ("conv.conv.bias", None),
+} | {
+    f"seq_modeling_block/{name}": (f"seq_modeling_block.{official}", axes)
+    for name, official, axes in (
+        ("wq/kernel", "q_proj.weight", _TRANSPOSED),
+        ("wk/kernel", "k_proj.weight", _TRANSPOSED),
+        ("wv/kernel", "v_proj.weight", _TRANSPOSED),
+        ("wo/kernel", "o_proj.weight", _TRANSPOSED),
+        ("wg/kernel", "g_proj.weight", _TRANSPOSED),
+        ("conv_q/kernel", "conv_q.weight", _CONVOLUTION),
+        ("conv_q/bias", "conv_q.bias", None),
+        ("conv_k/kernel", "conv_k.weight", _CONVOLUTION),
+        ("conv_k/bias", "conv_k.bias", None),
+        ("learnable_ttt_lr/kernel", "learnable_ttt_lr_weight", (0, 2, 1)),  # [H, C, 1]
+        ("learnable_ttt_lr/bias", "learnable_ttt_lr_bias", None),
+        ("learnable_token_idx", "learnable_token_idx", None),
+        ("ttt_norm/scale", "ttt_norm_weight", None),
+        ("ttt_norm/bias", "ttt_norm_bias", None),
+        ("post_norm/scale", "post_norm.weight", None),
+        ("post_norm/bias", "post_norm.bias", None),
+        ("ttt_dense_0", "W1", None),
+        ("ttt_bias_0", "b1", None),
+        ("ttt_dense_1", "W2", None),
+        ("ttt_bias_1", "b2", None),
+    )
+}
+
+
+def official_parameter(path: str) -> tuple[str, tuple[int, ...] | None] | None:
+    """The official name of the parameter at a path, `model/h/0/feed_forward/w1/kernel`, and its axes in official order.
+
+    None for the axes where no other order is needed, and for a path at which a TTT model has no parameter.
+    """
+    layer = _LAYER.match(path)
+    if layer is None:
+        return _MODEL.get(path)
+    if (parameter := _IN_LAYER.get(path[layer.end() :])) is None:
+        return None
+    name, axes = parameter
+    return f"model.layers.{layer[1]}.{name}", axes
