@@ -16,7 +16,7 @@ from ..model import ModelArgs
 from .card import model_card
 from .config import config_of, written_config
 from .directory import CARD, CONFIG, GENERATION_CONFIG, MODEL_FILE, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, shard_name
-from .folder import complete_folder
+from .folder import check_place, complete_folder
 from .hub import locate
 from .parameters import EMBEDDING, HEAD, Parameters
 from .quantization import Quantization, Scheme
@@ -140,7 +140,10 @@ def convert(
         TokenizerError: its tokenizer files are damaged.
         OutputError: `out` exists or cannot be written to.
     """
-    located, out = locate(source, revision), _in_real_folder(Path(out))
+    out = _in_real_folder(Path(out))
+    if not os.path.lexists(source):
+        check_place(out, overwrite)  # a download should not end in an error that could be seen before
+    located = locate(source, revision)
     checkpoint = open_source(located.path)
     found = config_of(checkpoint, config and Path(config), assumptions)
     args = found.args

@@ -30,7 +30,7 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
             the block could not read a file.
     """
     with _one_line_errors(out, nbytes):
-        _check_place(out, overwrite)
+        check_place(out, overwrite)
         if shutil.disk_usage(out.parent).free < nbytes:
             raise _no_space(out, nbytes)
         workshop = Path(tempfile.mkdtemp(prefix=_workshop_prefix(out), dir=out.parent))
@@ -38,7 +38,7 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
         try:
             new.mkdir()
             yield new
-            _check_place(out, overwrite)  # again: much may have happened meanwhile
+            check_place(out, overwrite)  # again: much may have happened meanwhile
             if os.path.lexists(out):
                 out.rename(old)
             new.rename(out)
@@ -48,7 +48,12 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
             shutil.rmtree(workshop, ignore_errors=True)
 
 
-def _check_place(out: Path, overwrite: bool) -> None:
+def check_place(out: Path, overwrite: bool) -> None:
+    """Whether a folder may appear at `out`, before the work that goes into it.
+
+    Raises:
+        OutputError: `out` exists and is not to be overwritten, or is no model directory, or its parent does not exist.
+    """
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it first")
     if os.path.lexists(out):

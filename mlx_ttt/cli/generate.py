@@ -29,7 +29,7 @@ def _finite(ctx, param, value: float) -> float:
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--model", metavar="DIR", help="Model directory; the bundled Shakespeare model by default.")
+@click.option("--model", metavar="DIR", help="Model directory, or org/name on the Hub; the bundled one by default.")
 @click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--prompt-file", metavar="FILE", help="A file that holds the text to continue.")
 @click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")

@@ -104,6 +104,12 @@ def test_from_one_repository_to_another(files, tmp_path):
 
 
 class TestDownload:
+    def test_nothing_when_there_is_no_place_for_the_model(self, hub, files, tmp_path):
+        hub.add(REPO, files)
+        (tmp_path / "out").mkdir()
+        assert_one_line(run("convert", "mlx", REPO, tmp_path / "out"), "out: exists already")
+        assert not hub.requests
+
     def test_only_what_is_needed(self, hub):
         """One format of weights, the best one, and nothing that could hide code."""
         wanted = {"config.json", "tokenizer.model", "generation_config.json", "chat_template.jinja"}
