@@ -25,7 +25,8 @@ class SentencePieceDetokenizer(StreamingDetokenizer):
 
     def __init__(self, tokenizer: Any, continues: bool = False):
         super().__init__()
-        names = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        last = max(tokenizer.get_vocab().values())  # of a vocabulary that may have gaps
+        names = tokenizer.convert_ids_to_tokens(list(range(last + 1)))
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._pieces = [_content(name, id in special) for id, name in enumerate(names)]
         unknown = tokenizer.convert_tokens_to_ids("<unk>") if tokenizer.unk_token_id is None else tokenizer.unk_token_id

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from itertools import chain
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
+import mlx_ttt
 from mlx_ttt.detokenizer import SentencePieceDetokenizer
 
 from .checkpoint.sentencepiece_models import APPROXIMATE, EXACT, approximate, convert, exact, fuzz, texts
@@ -100,3 +104,12 @@ def test_ids_beyond_the_vocabulary_add_nothing(shakespeare_dir):
     ids = shakespeare.reference.encode("To be")
     detokenizer = SentencePieceDetokenizer(shakespeare.tokenizer)
     assert "".join(segments(detokenizer, [1, *ids, len(shakespeare.reference) + 7, 2])) == "To be"
+
+
+def test_a_vocabulary_with_gaps():
+    model = json.loads((mlx_ttt.bundled_model() / "tokenizer.json").read_text())
+    model["model"]["vocab"]["1"] = 2100
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(model)))
+    (one,) = tokenizer.encode("1", add_special_tokens=False)[-1:]
+    assert one == 2100
+    assert "".join(segments(SentencePieceDetokenizer(tokenizer), [one, 2050])) == "1"
