@@ -1,0 +1,58 @@
+"""What this machine can do at best: how fast it reads memory, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import mlx_ttt  # noqa: F401  before MLX: OpenBLAS
+
+import mlx.core as mx  # isort: skip
+import numpy as np
+
+from .protocol import serve
+
+BYTES = 1 << 29  # more than caches hold
+REPETITIONS = 3
+
+
+class Limits:
+    def __init__(self, dtype: str, threads: int):
+        self.dtype, self.threads = getattr(mx, dtype), threads
+        self.on_cpu = mx.default_device() == mx.cpu
+        self.numbers = np.zeros(BYTES // 4, np.float32) + 1 if self.on_cpu else mx.ones((BYTES // 4,), mx.float32)
+        self.side = 1024 if self.on_cpu else 4096
+        self.a, self.b = (mx.random.normal((self.side, self.side)).astype(self.dtype) for _ in range(2))
+        mx.eval(self.a, self.b)
+        self._read()
+        self._multiply()
+
+    def measure(self) -> dict:
+        """bytes_per_second: the largest of an array, once; flops_per_second: a square product, 2 per multiply-add."""
+        read, multiply = self._read(), self._multiply()
+        return {"bytes_per_second": BYTES / read, "flops_per_second": 2 * self.side**3 / multiply}
+
+    def _read(self) -> float:
+        """On a CPU in NumPy, in as many threads as matrix products have: MLX reduces in one."""
+        if not self.on_cpu:
+            return _fastest(lambda: mx.eval(mx.max(self.numbers)))
+        parts = np.array_split(self.numbers, 4 * self.threads)
+        with ThreadPoolExecutor(self.threads) as pool:
+            return _fastest(lambda: list(pool.map(np.max, parts)))
+
+    def _multiply(self) -> float:
+        return _fastest(lambda: mx.eval(self.a @ self.b.T))
+
+
+def _fastest(function) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(REPETITIONS):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+if __name__ == "__main__":
+    serve(Limits)
