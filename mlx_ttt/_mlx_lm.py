@@ -25,7 +25,7 @@ class _Architecture(Loader):
         module.Model, module.ModelArgs = model.Model, model.ModelArgs
 
 
-def _add_cache(module) -> None:
+def _add_caches(module) -> None:
     cache = importlib.import_module("mlx_ttt.cache")
     module.TTTCache, module.RewindableTTTCache = cache.TTTCache, cache.RewindableTTTCache
 

@@ -7,6 +7,7 @@ import click
 from .. import __version__
 from .convert import convert
 from .generate import generate
+from .mlx_lm import COMMANDS
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,5 +16,5 @@ def main() -> None:
     """Test-Time Training language models on Apple silicon."""
 
 
-main.add_command(generate)
-main.add_command(convert)
+for subcommand in (generate, convert, *COMMANDS):
+    main.add_command(subcommand)
