@@ -21,13 +21,14 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm import cache_prompt, fuse, lora, perplexity
 from mlx_lm.generate import BatchGenerator, batch_generate, speculative_generate_step
-from mlx_lm.models.cache import LRUPromptCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 
 import mlx_ttt
 from mlx_ttt import cli
 from mlx_ttt.checkpoint.convert import convert
 from mlx_ttt.model import Block
+from mlx_ttt.prompt_store import PromptStore
 
 from .test_model import build
 
@@ -260,7 +261,7 @@ TEXT = [1, 5, 9, 2, 7, 7, 3, 1, 8, 4, 6, 2, 5, 5, 9]
 
 
 class TestPromptCache:
-    """The store of the server: what it finds must be the state after exactly the tokens that it says."""
+    """The store of `mlx-ttt serve`: what it finds must be the state after exactly the tokens that it says."""
 
     def read(self, model, n: int) -> list:
         cache = make_prompt_cache(model)
@@ -273,12 +274,13 @@ class TestPromptCache:
             ([4, 9], 12, 9),  # the longest prefix
             ([4, 14], 12, 4),  # not a longer text: it cannot be cut
             ([14], 12, 0),
-            ([12], 12, 12),
+            ([12], 12, 0),  # one token must be left to go on from
+            ([11, 12], 12, 11),
         ],
     )
     def test_what_it_finds(self, stored, asked, found):
         model = build("linear", "111")
-        store = LRUPromptCache()
+        store = PromptStore()
         for n in stored:
             store.insert_cache("model", TEXT[:n], self.read(model, n))
         cache, rest = store.fetch_nearest_cache("model", TEXT[:asked])
@@ -290,7 +292,7 @@ class TestPromptCache:
 
     def test_going_on_leaves_the_stored_one_as_it_was(self):
         model = build("mlp", "111")
-        store = LRUPromptCache()
+        store = PromptStore()
         store.insert_cache("model", TEXT[:9], self.read(model, 9))
         results = []
         for _ in range(2):

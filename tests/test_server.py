@@ -150,6 +150,20 @@ def test_what_was_read_before_is_not_read_again(server, alone):
 
 
 @pytest.mark.slow
+def test_a_text_that_the_server_has_written_is_continued(server, alone):
+    text = TEXTS[1]
+    for _ in range(3):
+        text += server.complete(text, max_tokens=10).choices[0].text
+    assert text == TEXTS[1] + alone(TEXTS[1], 30)
+
+
+@pytest.mark.slow
+def test_an_empty_prompt(server):
+    answers = {server.complete("", max_tokens=10).choices[0].text for _ in range(2)}
+    assert len(answers) == 1
+
+
+@pytest.mark.slow
 def test_a_request_with_a_seed_is_answered_outside_the_batch(server, alone):
     assert server.complete(TEXTS[2], max_tokens=20, seed=1).choices[0].text == alone(TEXTS[2], 20)
 

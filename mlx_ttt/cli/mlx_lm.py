@@ -20,16 +20,28 @@ class MLXLM(click.Command):
         return args
 
     def invoke(self, ctx: click.Context) -> None:
-        if self.module == "server" and any(argument.startswith("--dr") for argument in ctx.args):
-            # The server would start, and answer every request with an error: it cannot take back what a state has read.
-            click.echo("error: no --draft-model here; `mlx-ttt generate --draft-model` has one", err=True)
-            ctx.exit(2)
         sys.argv = [ctx.command_path, *ctx.args]
         importlib.import_module(f"mlx_lm.{self.module}").main()
 
 
+class Serve(MLXLM):
+    """The server, with a store of prompts that suits states which cannot be trimmed."""
+
+    def invoke(self, ctx: click.Context) -> None:
+        if any(argument.startswith("--dr") for argument in ctx.args):
+            # The server would start, and answer every request with an error: it cannot take back what a state has read.
+            click.echo("error: no --draft-model here; `mlx-ttt generate --draft-model` has one", err=True)
+            ctx.exit(2)
+        from mlx_lm import server
+
+        from ..prompt_store import PromptStore
+
+        server.LRUPromptCache = PromptStore
+        super().invoke(ctx)
+
+
 COMMANDS = (
-    MLXLM("serve", "server", "Answer requests over HTTP, by the API of OpenAI."),
+    Serve("serve", "server", "Answer requests over HTTP, by the API of OpenAI."),
     MLXLM("chat", "chat", "Chat in the terminal."),
     MLXLM("lora", "lora", "Fine-tune a model: LoRA, DoRA, or all of some layers."),
     MLXLM("fuse", "fuse", "Merge what lora has learned into a model."),
