@@ -99,8 +99,11 @@ class TTTCache:
             right_padding: how much padding comes after; told by `lengths` already.
 
         Raises:
-            ValueError: there is right padding, but no lengths.
+            ValueError: there is right padding, but no lengths; or they are for another number of sequences.
         """
+        for counts in (left_padding, lengths):
+            if counts is not None:
+                self.expand(len(counts))
         if left_padding is not None:
             self._start = list(left_padding)
         if lengths is not None:
@@ -147,11 +150,18 @@ class TTTCache:
         """One sequence as a cache of its own."""
         alone = self.copy()
         alone.filter([index])
+        mx.async_eval(alone._arrays)  # or it would keep those of all sequences alive until it is asked for
         return alone
 
     @classmethod
     def merge(cls, caches: Sequence[TTTCache]) -> TTTCache:
-        """The sequences of all caches in one."""
+        """The sequences of all caches in one.
+
+        Raises:
+            ValueError: some caches are rewindable and others are not.
+        """
+        if any(type(c) is not cls for c in caches):
+            raise ValueError("rewindable and plain caches do not go together: make all with the same `rewind`")
         merged = caches[0].copy()
         merged._arrays = tree_map(lambda *x: mx.concatenate(x), *(c._arrays for c in caches))
         for name in cls._counts:
@@ -160,9 +170,13 @@ class TTTCache:
 
     def extend(self, other: TTTCache) -> None:
         """Take in the sequences of another cache."""
-        self.__dict__ = self.merge([self, other]).__dict__
+        vars(self).update(vars(self.merge([self, other])))
 
     _counts: tuple[str, ...] = ("offset", "_start", "_stop")  # attributes with a number for each sequence
+
+    def _take_counts(self, other: TTTCache) -> None:
+        for name in TTTCache._counts:
+            setattr(self, name, list(getattr(other, name)))
 
     @property
     def _arrays(self) -> dict:
@@ -243,8 +257,8 @@ class RewindableTTTCache(TTTCache):
 
     def __init__(self, cache: TTTCache):
         """From a plain cache, whose tokens are out of reach."""
-        self.offset, self.weights, self.rows = list(cache.offset), cache.weights, cache.rows
-        self._start, self._stop = list(cache._start), list(cache._stop)
+        super().__init__(cache.weights, cache.rows)
+        self._take_counts(cache)
         K = cache.mini_batch_size
         self.history = {name: mx.pad(x, ((0, 0), (K, 0), (0, 0))) for name, x in cache.history.items()}
         self.previous = {"weights": self.weights, "rows": self.rows}
@@ -255,7 +269,7 @@ class RewindableTTTCache(TTTCache):
         K = self.mini_batch_size
         cache = TTTCache(self.weights, self.rows)
         cache.history = {name: mx.contiguous(x[:, K:]) for name, x in self.history.items()}
-        cache.offset, cache._start, cache._stop = list(self.offset), list(self._start), list(self._stop)
+        cache._take_counts(self)
         return cache
 
     def _read(self, rule, tokens, constants, lengths):
@@ -285,7 +299,7 @@ class RewindableTTTCache(TTTCache):
             mx.async_eval(self.previous)  # or what it is made of would add up until it is asked for
 
     def trim(self, n: int) -> int:
-        """Take back the last n tokens of every sequence, exactly.
+        """Take back the last n tokens of every sequence, exactly. Not while padding is announced.
 
         Returns:
             n.

@@ -111,9 +111,13 @@ class SpeculativeDecoder:
             sampler=self._sampler,
             prompt_cache=[*self._running, *self._draft],
         )
-        for step in steps:
-            self._whole = _copy(self._running)
-            yield Step(*step)
+        try:
+            for step in steps:
+                self._whole = _copy(self._running)
+                yield Step(*step)
+        except ValueError as error:
+            # Interrupted between two tokens, mlx-lm's loop takes back once more what it has taken back before.
+            raise error.__context__ or error from None
 
     def cache_at(self, offset: int) -> Caches:
         for c in self._whole:

@@ -132,11 +132,12 @@ def stream_generate(
         state: what has been read before. It is updated in place: however the generation ends, the state then stands
             after all tokens yielded.
         max_tokens: at most so many tokens; -1 for no limit.
-        sampler: log-probabilities [1, V] -> token, as mlx_lm's make_sampler makes them. Greedy by default.
+        sampler: log-probabilities [n, V] -> n tokens, as mlx_lm's make_sampler makes them. Greedy by default.
         stop: strings at which the text ends. They are not part of the text, but the state has read them.
-        draft_model: a smaller model of the same vocabulary that proposes tokens: the text is the same, sooner.
+        draft_model: a smaller model of the same vocabulary that proposes tokens. A greedy text is the same, a sampled
+            one has the same distribution.
         draft_state: what the draft model has read, of the same text; it is left as it is. By default it reads the
-            prompt; what `state` has read it does not know then, which makes its proposals worse.
+            last few tokens of `state` and the prompt; the rest it does not know then, which makes its proposals worse.
         num_draft_tokens: proposals at a time.
         progress: see `read`.
 
@@ -147,6 +148,10 @@ def stream_generate(
     if max_tokens == 0 or max_tokens < -1:
         raise ValueError(f"max_tokens is {max_tokens}: to read without writing, use read(); -1 is no limit")
     clock = time.perf_counter()
+    if draft_model is not None:
+        _check_draft(model, draft_model, num_draft_tokens)
+    if isinstance(prompt, str):
+        prompt = encode(tokenizer, prompt, continues=state is not None and len(state) > 0)
     start = read(model, tokenizer, prompt, state, progress=progress)
     prompt_tokens = len(start) - (len(state) if state is not None else 0)
     text = _Text(tokenizer, start.tokens, [stop] if isinstance(stop, str) else stop)
@@ -154,10 +159,9 @@ def stream_generate(
     if draft_model is None:
         decoder = PlainDecoder(model, start.cache, start.tokens[-1], max_tokens, sampler, keep=state is not None)
     else:
-        _check_draft(model, draft_model, num_draft_tokens)
         if draft_state is None:
-            draft_state = read(draft_model, tokenizer, prompt or start.tokens[-1:])
-        if draft_state.tokens[-1] != start.tokens[-1]:
+            draft_state = read(draft_model, tokenizer, [*(state.tokens if state is not None else []), *prompt])
+        if draft_state.tokens[-1:] != start.tokens[-1:]:
             raise ValueError("draft_state has read another text")
         decoder = SpeculativeDecoder(
             model, start.cache, draft_model, draft_state.cache, start.tokens[-1], max_tokens, sampler, num_draft_tokens

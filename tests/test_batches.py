@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import mlx.core as mx
@@ -121,6 +122,57 @@ def test_padding_without_lengths_is_refused(model):
     (cache, *_) = model.make_cache()
     with pytest.raises(ValueError, match="give lengths"):
         cache.prepare(right_padding=[2])
+
+
+def test_padding_of_a_single_text_continues_it_that_many_ways(model):
+    cache = model.make_cache()
+    for c in cache:
+        c.prepare(left_padding=[2, 0])
+    logits = model(mx.array([[0, 0, 5, 6], [1, 2, 3, 4]]), cache=cache)
+    for found, text in ((logits[0, 2:], [5, 6]), (logits[1], [1, 2, 3, 4])):
+        assert largest_error(found, model(mx.array([text]))[0]) <= BOUND
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rewindable_and_plain_caches_do_not_merge(model, order):
+    caches = [model.make_cache()[0], model.make_cache(rewind=True)[0]][::order]
+    with pytest.raises(ValueError, match="do not go together"):
+        caches[0].merge(caches)
+    with pytest.raises(ValueError, match="do not go together"):
+        caches[0].extend(caches[1])
+
+
+# Memory
+
+
+def memory() -> int:
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
+def test_a_text_that_left_does_not_keep_the_others():
+    model = build("linear", "111")
+    cache = model.make_cache()
+    mx.eval(model(mx.zeros((20, 9), mx.int32), cache=cache), [c.state for c in cache])
+    before = memory()
+    alone = [c.extract(3) for c in cache]
+    size = sum(c.nbytes for c in alone)
+    assert sum(c.nbytes for c in cache) > 15 * size
+    del cache
+    assert memory() <= before - 15 * size
+
+
+def test_rewinding_takes_constant_memory_when_a_text_completes_no_mini_batch():
+    model = build("linear", "111")
+    K = model.args.mini_batch_size
+    cache, used = model.make_cache(rewind=True), []
+    for _ in range(12):
+        for c in cache:
+            c.prepare(lengths=[K, 0])
+        mx.eval(model(mx.zeros((2, K), mx.int32), cache=cache))
+        used.append(memory())
+    assert used[-1] < 1.2 * used[2]
 
 
 # Taking tokens back

@@ -6,10 +6,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_ttt
 from mlx_ttt.cache import TTTCache
+from mlx_ttt.detokenizer import SentencePieceDetokenizer
 from mlx_ttt.model import Model, ModelArgs
+
+from .checkpoint.sentencepiece_models import exact
 
 PROMPT = "ROMEO:\n"
 
@@ -105,27 +109,31 @@ def test_sampling_with_a_seed_repeats(bundled, draft):
     assert sample() == sample()
 
 
-def test_an_interrupt_inside_the_model_leaves_what_was_yielded(bundled, draft, text, monkeypatch):
+@pytest.mark.parametrize(("interrupt_at", "num_draft_tokens"), [(1, 3), (6, 3), (20, 16)])
+def test_an_interrupt_inside_a_model_leaves_what_was_yielded(
+    bundled, draft, text, monkeypatch, interrupt_at, num_draft_tokens
+):
     model, tokenizer = bundled
-    state = mlx_ttt.read(model, tokenizer, PROMPT)
+    state, draft_state = (mlx_ttt.read(m, tokenizer, PROMPT) for m in (model, draft))
     calls = 0
     block = type(model.layers[0])
     call = block.__call__
 
     def interrupted(self, x, cache):
         nonlocal calls
-        calls += self is model.layers[1]
-        if calls == 4:
+        calls += self is model.layers[1] or self is draft.layers[1]
+        if calls == interrupt_at:
             raise KeyboardInterrupt
         return call(self, x, cache)
 
     first = ""
+    options = {"draft_model": draft, "draft_state": draft_state, "num_draft_tokens": num_draft_tokens}
     with monkeypatch.context() as patch:
         patch.setattr(block, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            for response in mlx_ttt.stream_generate(model, tokenizer, state=state, draft_model=draft):
+            for response in mlx_ttt.stream_generate(model, tokenizer, state=state, **options):
                 first += response.text
-    assert first
+    assert bool(first) == (interrupt_at > 1)
     assert text.startswith(first + mlx_ttt.generate(model, tokenizer, state=state, max_tokens=20))
 
 
@@ -144,3 +152,15 @@ def test_what_does_not_fit_is_refused(bundled, draft, stranger):
     other = Model(ModelArgs(vocab_size=50, hidden_size=32, num_attention_heads=2, num_hidden_layers=1))
     with pytest.raises(ValueError, match="vocabulary of 50 tokens, the model"):
         generate(draft_model=other)
+
+
+def test_a_draft_model_reads_the_very_tokens():
+    """A prompt that continues a text has other tokens than at its beginning, with a tokenizer that adds a space."""
+    tokenizer = TokenizerWrapper(exact("llama-2").tokenizer, SentencePieceDetokenizer)
+    size = len(tokenizer.get_vocab())
+    model, draft = (
+        Model(ModelArgs(vocab_size=size, hidden_size=32, num_attention_heads=2, num_hidden_layers=1)) for _ in range(2)
+    )
+    state = mlx_ttt.read(model, tokenizer, "the in")
+    plain = mlx_ttt.generate(model, tokenizer, "ing", state=state.copy(), max_tokens=5)
+    assert mlx_ttt.generate(model, tokenizer, "ing", state=state.copy(), max_tokens=5, draft_model=draft) == plain

@@ -59,7 +59,9 @@ def _finite(ctx, param, value: float) -> float:
     help="Stop before this text (a saved state has read it); can be given several times.",
 )
 @click.option("--num-samples", "-n", default=1, type=click.IntRange(1), help="Continue the text N times.")
-@click.option("--draft-model", metavar="DIR", help="A smaller model that proposes tokens: the same text, sooner.")
+@click.option(
+    "--draft-model", metavar="DIR", help="A smaller model of the same vocabulary that proposes tokens, for speed."
+)
 @click.option("--num-draft-tokens", default=3, type=click.IntRange(1), help="Proposals at a time.")
 @click.option("--save-state", metavar="FILE", help="Save what was read and written, to go on from it later.")
 @click.option("--load-state", metavar="FILE", help="Go on from a saved state; --prompt comes after it, if given.")
@@ -94,7 +96,7 @@ def generate(
     from mlx_lm.sample_utils import make_sampler
 
     import mlx_ttt
-    from mlx_ttt.generation import state_file
+    from mlx_ttt.generation import encode, state_file
 
     if save_state is not None:
         state_file(save_state)  # an hour of reading should not end in an error that could be seen before
@@ -102,13 +104,16 @@ def generate(
     if seed is not None:
         mx.random.seed(seed)
     loaded, tokenizer = mlx_ttt.load(model)
+    draft = _draft(draft_model, num_draft_tokens, loaded, tokenizer) if draft_model is not None else {}
     sampling["temp"] = sampling["temp"] if sampling["temp"] >= LEAST_TEMPERATURE else 0.0
     sampling["top_k"] = sampling["top_k"] if sampling["top_k"] < loaded.args.vocab_size else 0
     options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
     state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state is not None else None
-    state = _read(loaded, tokenizer, text, state, verbose)
-    if draft_model is not None:
-        options |= _draft(draft_model, num_draft_tokens, loaded, tokenizer, text)
+    before = state.tokens if state is not None else []
+    tokens = encode(tokenizer, text, continues=bool(before))
+    state = _read(loaded, tokenizer, tokens, state, verbose)
+    if draft:
+        options |= draft | {"draft_state": mlx_ttt.read(draft["draft_model"], tokenizer, before + tokens)}
 
     interrupted = False
     for sample in range(1, num_samples + 1 if max_tokens else 1):
@@ -128,30 +133,30 @@ def generate(
     sys.exit(INTERRUPTED if interrupted else 0)
 
 
-def _read(model, tokenizer, text: str, state: TextState | None, verbose: bool) -> TextState:
+def _read(model, tokenizer, tokens: list[int], state: TextState | None, verbose: bool) -> TextState:
     from ..generation import read
 
     before, start = len(state) if state else 0, time.perf_counter()
     with Progress("reading", at_least=4096) as progress:
-        state = read(model, tokenizer, text, state, progress=progress)
+        state = read(model, tokenizer, tokens, state, progress=progress)
     if verbose and len(state) > before:
         _show_speed("prompt", len(state) - before, time.perf_counter() - start)
     return state
 
 
-def _draft(path: str, num_draft_tokens: int, model, tokenizer, text: str) -> dict:
-    """The draft model's part of the options, when it fits the model and has read the text, too."""
+def _draft(path: str, num_draft_tokens: int, model, tokenizer) -> dict:
+    """The draft model's part of the options, when it fits the model."""
     import mlx_ttt
     from mlx_ttt.generation import most_draft_tokens
 
     draft_model, draft_tokenizer = mlx_ttt.load(path)
-    if draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+    same_size = draft_model.args.vocab_size == model.args.vocab_size
+    if not same_size or draft_tokenizer.get_vocab() != tokenizer.get_vocab():
         raise TTTError(f"--draft-model {path}: has another vocabulary than the model; both must have the same")
     most = most_draft_tokens(model, draft_model)
     if num_draft_tokens > most:
         raise TTTError(f"--num-draft-tokens {num_draft_tokens}: these models can take back {most} at most")
-    draft_state = mlx_ttt.read(draft_model, tokenizer, text) if text else None
-    return {"draft_model": draft_model, "draft_state": draft_state, "num_draft_tokens": num_draft_tokens}
+    return {"draft_model": draft_model, "num_draft_tokens": num_draft_tokens}
 
 
 def _write(model, tokenizer, state: TextState, options: dict, verbose: bool) -> bool:
