@@ -84,7 +84,8 @@ def write_companions(
     tokenizer_json = _write_tokenizer(out, model)
     write_json(out / "pieces.json", _pieces(tokenizer._tokenizer, tokenizer_json))
     own_config = read_json(model / "config.json")
-    write_json(out / "config.json", {k: v for k, v in own_config.items() if not k.startswith("quantization")})
+    mlx_only = ("quantization", "quantization_config", "model_file")
+    write_json(out / "config.json", {k: v for k, v in own_config.items() if k not in mlx_only})
     write_json(out / "generation_config.json", _generation_config(model, tokenizer))
     write_json(out / "expected.json", _expected(network, tokenizer))
     for source in (_SWIFT / "Package.swift", *_SWIFT.glob("Sources/**/*.swift"), *_SWIFT.glob("Tests/**/*.swift")):
