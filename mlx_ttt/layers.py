@@ -12,18 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .activations import gelu, sigmoid, silu
 from .cache import TTTCache
 from .update import ttt_linear, ttt_mlp
-
-# mlx.nn has both of these compiled, which on Linux takes a C++ compiler and a second for each new kind of input.
-
-
-def silu(x: mx.array) -> mx.array:
-    return x * mx.sigmoid(x)
-
-
-def gelu_tanh(x: mx.array) -> mx.array:
-    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)))
 
 
 class CausalConv1d(nn.Module):
@@ -156,7 +147,7 @@ class TTT(nn.Module):
         y = cache.update(self.update_rule, tokens, (self.token_factors(), gamma, beta))
         y = self.post_norm(y.reshape(B, T, C))
         if "g_proj" in self:
-            y = gelu_tanh(self.g_proj(x)) * y
+            y = gelu(self.g_proj(x)) * y
         return self.o_proj(y)
 
     def queries_and_keys(self, x: mx.array, cache: TTTCache) -> tuple[mx.array, mx.array]:
@@ -168,7 +159,7 @@ class TTT(nn.Module):
     def learning_rates(self, x: mx.array) -> mx.array:
         """lr = ttt_base_lr / D · sigmoid(x · w + b), [B, T, H], float32."""
         gate = x.astype(mx.float32) @ self.learnable_ttt_lr_weight[:, 0].T + self.learnable_ttt_lr_bias[:, 0]
-        return self.base_lr * mx.sigmoid(gate)
+        return self.base_lr * sigmoid(gate)
 
     def token_factors(self) -> mx.array:
         """t = max(1 / (i + 1) + learnable_token_idx_i, 0), [K], in float32: bfloat16 cannot hold 1/3."""

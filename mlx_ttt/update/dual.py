@@ -10,11 +10,12 @@ MLX_ENABLE_TF32=0 is set.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from ..activations import gelu, gelu_and_grad
 
 EPS = 1e-6
 
@@ -29,145 +30,157 @@ def ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths=None):
     return _read(_mlp, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
-def _linear(q, k, v, lr, t, gamma, beta, weights, rows):
-    """Tokens of one mini-batch, [B, H, n, D], after the open `rows`. Returns the output and the new rows."""
-    W1, b1 = weights
-    past_k, past_e1 = _unpack(rows, weights)
-    e1 = lr * _layer_norm_l2_grad(k @ W1 + b1, v - k, gamma, beta)
-    z = q @ W1 + b1 - t * _causal_sum(q, k, e1, past_k, past_e1)
-    return q + _layer_norm(z, gamma, beta), (k, e1)
-
-
-def _mlp(q, k, v, lr, t, gamma, beta, weights, rows):
-    W1, b1, W2, b2 = weights
-    past_k, past_e1, past_x2, past_e2 = _unpack(rows, weights)
-    z1 = k @ W1 + b1  # [B, H, n, 4D]
-    x2, dx2 = _gelu_and_grad(z1)
-    g2 = _layer_norm_l2_grad(x2 @ W2 + b2, v - k, gamma, beta)
-    e1 = lr * (g2 @ W2.swapaxes(-1, -2)) * dx2
-    e2 = lr * g2
-    z1 = q @ W1 + b1 - t * _causal_sum(q, k, e1, past_k, past_e1)
-    q2, _ = _gelu_and_grad(z1)
-    z2 = q2 @ W2 + b2 - t * _causal_sum(q2, x2, e2, past_x2, past_e2)
-    return q + _layer_norm(z2, gamma, beta), (k, e1, x2, e2)
-
-
-def _causal_sum(q, k, e, past_k, past_e):
-    """sum_{j<=i} (q_i . k_j + 1) e_j over the open rows, all in the past, and the new ones.  [B, H, n, ·]"""
-    total = mx.tril(q @ k.swapaxes(-1, -2) + 1) @ e
-    if past_k is not None:
-        total = total + (q @ past_k.swapaxes(-1, -2) + 1) @ past_e  # rows not yet written have e = 0
-    return total
-
-
-def _commit(weights, rows, t_last):
-    """The weights after a whole mini-batch: W - t_{K-1} sum_j x_j^T e_j and b - t_{K-1} sum_j e_j."""
-    parts = _unpack(rows, weights)
-    updated = []
-    for W, b, x, e in zip(weights[::2], weights[1::2], parts[::2], parts[1::2], strict=True):
-        e = t_last * e
-        updated += [W - x.swapaxes(-1, -2) @ e, b - e.sum(-2, keepdims=True)]
-    return tuple(updated)
-
-
-def _unpack(rows, weights):
-    """Rows [B, H, K, R] as (k, e1) or (k, e1, x2, e2); the weights say how wide each is."""
-    widths = [d for W in weights[::2] for d in W.shape[-2:]]
-    if rows is None:
-        return [None] * len(widths)
-    ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-    return mx.split(rows, ends, axis=-1)
-
-
-def _layer_norm(z, gamma, beta):
-    return gamma * mx.fast.layer_norm(z, None, None, EPS) + beta
-
-
-def _layer_norm_l2_grad(z, target, gamma, beta):
-    """Gradient of ||LN(z) - target||^2 / 2 with respect to z, in closed form."""
-    centred = z - z.mean(-1, keepdims=True)
-    inv_std = mx.rsqrt(centred.square().mean(-1, keepdims=True) + EPS)
-    z_hat = centred * inv_std
-    u = (gamma * z_hat + beta - target) * gamma
-    return (u - u.mean(-1, keepdims=True) - z_hat * (u * z_hat).mean(-1, keepdims=True)) * inv_std
-
-
-def _gelu_and_grad(z):
-    """The tanh GELU and its derivative."""
-    c, a = math.sqrt(2 / math.pi), 0.044715
-    z_sq = z.square()
-    tanh = mx.tanh(c * z * (1 + a * z_sq))
-    half = 0.5 * (1 + tanh)
-    return z * half, half + 0.5 * z * (1 - tanh.square()) * (c * (1 + 3 * a * z_sq))
-
-
-class _Span(NamedTuple):
-    """Tokens start … start + n of a call, which lie within one mini-batch for every live sequence."""
+class _Run(NamedTuple):
+    """`count` stretches of n tokens from `start`, each within one mini-batch for every live sequence."""
 
     start: int
+    count: int
     n: int
     phase: list[int]  # of each sequence at `start`
     live: list[bool]  # False where a sequence's length has been reached
 
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.n
 
-def _spans(T: int, K: int, phase: Sequence[int], lengths: Sequence[int]) -> Iterator[_Span]:
-    """Cut T tokens wherever a sequence completes a mini-batch or ends."""
+    @property
+    def slots(self) -> slice | mx.array:
+        """Where in the mini-batch the tokens stand: one slice for all sequences, or indices [B, n]."""
+        if len(set(self.phase)) == 1:
+            return slice(self.phase[0], self.phase[0] + self.n)
+        start = mx.array([p if on else 0 for p, on in zip(self.phase, self.live, strict=True)])
+        return start[:, None] + mx.arange(self.n)
+
+
+def _runs(T: int, K: int, phase: Sequence[int], lengths: Sequence[int]) -> Iterator[_Run]:
+    """Cut T tokens wherever a sequence completes a mini-batch or ends; whole mini-batches in a row are one run."""
     phase, start = list(phase), 0
     while start < T:
         live = [start < length for length in lengths]
-        room = [min(K - p, length - start) for p, length, on in zip(phase, lengths, live, strict=True) if on]
-        n = min(room, default=T - start)
-        yield _Span(start, n, list(phase), live)
-        phase = [(p + n) % K if on else p for p, on in zip(phase, live, strict=True)]
-        start += n
+        left = [length - start for length in lengths if start < length]
+        room = [K - p for p, on in zip(phase, live, strict=True) if on]
+        n = min([*left, *room], default=T - start)
+        count = min(left) // K if n == K else 1
+        run = _Run(start, count, n, list(phase), live)
+        yield run
+        phase = [(p + n * count) % K if on else p for p, on in zip(phase, live, strict=True)]
+        start = run.stop
 
 
-def _read(mini_batch, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
-    B, T, _, _ = q.shape
+class _Tokens(NamedTuple):
+    """n tokens of one mini-batch, and all that can be said of them before the weights are known."""
+
+    kq: mx.array  # keys, then queries  [B, H, 2n, D]
+    lr: mx.array  # [B, H, n, 1]
+    bias: mx.array  # gamma (beta - (v - k))  [B, H, n, D]
+    gamma_sq: mx.array  # [H, 1, D]
+    causal: mx.array  # t_i where row j is at or before token i, else 0  [n, K] or [B, 1, n, K]
+    run: _Run
+
+
+def _linear(tokens, weights, rows):
+    """Returns z [B, H, n, D]; the mini-batch's rows with those of the tokens, (k, e1); and the same packed."""
+    W1, b1 = weights
+    k, q = _halves(tokens.kq)
+    z_k, z_q = _halves(mx.addmm(b1, tokens.kq, W1))
+    e1 = _error(z_k, tokens)
+    (k, e1), rows = _append(rows, (k, e1), tokens.run)
+    return _learned(z_q, q, k, e1, tokens), (k, e1), rows
+
+
+def _mlp(tokens, weights, rows):
+    W1, b1, W2, b2 = weights
+    k, q = _halves(tokens.kq)
+    z1_k, z1_q = _halves(mx.addmm(b1, tokens.kq, W1))  # [B, H, n, 4D]
+    x2, dx2 = gelu_and_grad(z1_k)
+    e2 = _error(mx.addmm(b2, x2, W2), tokens)
+    e1 = (e2 @ W2.swapaxes(-1, -2)) * dx2
+    (k, e1, x2, e2), rows = _append(rows, (k, e1, x2, e2), tokens.run)
+    q2 = gelu(_learned(z1_q, q, k, e1, tokens))
+    z2 = _learned(mx.addmm(b2, q2, W2), q2, x2, e2, tokens)
+    return z2, (k, e1, x2, e2), rows
+
+
+def _halves(x):
+    n = x.shape[-2] // 2
+    return x[..., :n, :], x[..., n:, :]
+
+
+def _learned(z, x, past_x, past_e, tokens):
+    """z = x W + b with what W and b have learned from the rows: z_i - t_i sum_{j<=i} (x_i . x_j + 1) e_j."""
+    return mx.addmm(z, tokens.causal * (x @ past_x.swapaxes(-1, -2) + 1), past_e, alpha=-1)
+
+
+def _error(z, tokens):
+    """lr times the gradient of ||LN(z) - (v - k)||^2 / 2 with respect to z, in closed form."""
+    centred = z - z.mean(-1, keepdims=True)
+    inv_std = mx.rsqrt(centred.square().mean(-1, keepdims=True) + EPS)
+    z_hat = centred * inv_std
+    u = tokens.gamma_sq * z_hat + tokens.bias  # gamma (LN(z) - (v - k))
+    g = u - u.mean(-1, keepdims=True) - z_hat * (u * z_hat).mean(-1, keepdims=True)
+    return g * (inv_std * tokens.lr)
+
+
+def _append(rows, new, run):
+    """The open mini-batch's packed rows with `new` at the slots of a run: in parts [B, H, K, ·], and packed."""
+    n, K = new[0].shape[2], rows.shape[2]
+    if n == K:
+        return new, rows  # which will be cleared
+    packed = mx.concatenate(new, axis=-1)
+    if isinstance(run.slots, slice):
+        packed = mx.slice_update(rows, packed, mx.array(run.phase[0]), (2,))
+    else:
+        packed = mx.put_along_axis(rows, mx.broadcast_to(run.slots[:, None, :, None], packed.shape), packed, axis=2)
+    packed = _where(run.live, packed, rows)
+    widths = [x.shape[-1] for x in new]
+    return mx.split(packed, [sum(widths[:i]) for i in range(1, len(widths))], axis=-1), packed
+
+
+def _commit(weights, rows, t_last):
+    """The weights after a whole mini-batch: W - t_{K-1} sum_j x_j^T e_j and b - t_{K-1} sum_j e_j."""
+    updated = []
+    for W, b, x, e in zip(weights[::2], weights[1::2], rows[::2], rows[1::2], strict=True):
+        e = t_last * e
+        updated += [mx.addmm(W, x.swapaxes(-1, -2), e, alpha=-1), b - e.sum(-2, keepdims=True)]
+    return tuple(updated)
+
+
+def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
+    B, T, H, D = q.shape
     K, dtype = rows.shape[2], q.dtype
-    q, k, v = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, k, v))  # [B, H, T, D]
-    lr = lr.astype(mx.float32).swapaxes(1, 2)[..., None]  # [B, H, T, 1]
-    gamma, beta = gamma[:, None], beta[:, None]  # [H, 1, D]
-    lengths = [T] * B if lengths is None else [min(n, T) for n in lengths]
+    q, k, v, lr = (x.astype(mx.float32) for x in (q, k, v, lr[..., None]))
+    bias = gamma * (beta - (v - k))
+    gamma_sq = gamma.square()[:, None]
+    causal = t[:, None] * mx.tri(K)  # t_i where j <= i, else 0
 
     outputs = []
-    for span in _spans(T, K, phase, lengths):
-        if not any(span.live):
-            outputs.append(q[:, :, span.start :])
+    for run in _runs(T, K, phase, [T] * B if lengths is None else lengths):
+        if not any(run.live):
+            outputs.append(mx.zeros_like(q[:, run.start :]))
             break
-        tokens = (x[:, :, span.start : span.start + span.n] for x in (q, k, v, lr))
-        slots = _slots(span)
-        past = rows if any(span.phase) else None
-        y, new = mini_batch(*tokens, t[slots][..., None], gamma, beta, weights, past)
-        outputs.append(y)
+        kq = mx.concatenate([_mini_batches(k, run), _mini_batches(q, run)], axis=-2)
+        seen = causal[run.slots] if isinstance(run.slots, slice) else causal[run.slots][:, None]
+        complete = [on and p + run.n == K for p, on in zip(run.phase, run.live, strict=True)]
+        z = []
+        for views in zip(kq, _mini_batches(lr, run), _mini_batches(bias, run), strict=True):
+            z_n, parts, rows = rule(_Tokens(*views, gamma_sq, seen, run), weights, rows)
+            z.append(z_n)
+            if any(complete):
+                committed = _commit(weights, parts, t[K - 1])
+                weights = tuple(_where(complete, new, old) for new, old in zip(committed, weights, strict=True))
+                rows = _where(complete, mx.zeros_like(rows), rows)
+        outputs.append(mx.stack(z).transpose(1, 0, 3, 2, 4).reshape(B, -1, H, D))
 
-        appended = _append(rows, mx.concatenate(new, axis=-1), slots)
-        rows = _where(span.live, appended, rows)
-        complete = [on and p + span.n == K for p, on in zip(span.phase, span.live, strict=True)]
-        if any(complete):
-            committed = _commit(weights, rows, t[K - 1])
-            weights = tuple(_where(complete, new, old) for new, old in zip(committed, weights, strict=True))
-            rows = _where(complete, mx.zeros_like(rows), rows)
-
-    y = mx.concatenate(outputs, axis=2) if outputs else q
-    return y.swapaxes(1, 2).astype(dtype), weights, rows
-
-
-def _slots(span: _Span) -> slice | mx.array:
-    """Where in the mini-batch the tokens of a span stand: one slice for all sequences, or indices [B, 1, n]."""
-    if len(set(span.phase)) == 1:
-        return slice(span.phase[0], span.phase[0] + span.n)
-    start = mx.array([p if on else 0 for p, on in zip(span.phase, span.live, strict=True)])
-    return start[:, None, None] + mx.arange(span.n)
+    z = mx.concatenate(outputs, axis=1) if outputs else q
+    y = q + gamma * mx.fast.layer_norm(z, None, None, EPS) + beta
+    return y.astype(dtype), weights, rows
 
 
-def _append(rows, new, slots):
-    """Rows with `new` [B, H, n, R] written at `slots`."""
-    if new.shape == rows.shape:
-        return new
-    if isinstance(slots, slice):
-        return mx.slice_update(rows, new, mx.array(slots.start), (2,))
-    return mx.put_along_axis(rows, mx.broadcast_to(slots[..., None], new.shape), new, axis=2)
+def _mini_batches(x, run):
+    """The tokens of a run, [B, T, H, ·] -> [N, B, H, n, ·]."""
+    B, _, H, D = x.shape
+    x = x[:, run.start : run.stop].reshape(B, run.count, run.n, H, D)
+    return mx.contiguous(x.transpose(1, 0, 3, 2, 4))
 
 
 def _where(mask: list[bool], new, old):
