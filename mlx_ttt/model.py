@@ -11,6 +11,8 @@ from mlx_lm.models.base import BaseModelArgs
 from .cache import RewindableTTTCache, TTTCache
 from .layers import TTT, Conv, SwiGLU
 
+_CPU_CHUNK = 512  # tokens that go through the layers at a time on a CPU: their activations stay in its caches
+
 
 @dataclass
 class ModelArgs(BaseModelArgs):
@@ -95,6 +97,13 @@ class TTTModel(nn.Module):
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
+        T = inputs.shape[1]
+        if mx.default_device() != mx.cpu or T <= _CPU_CHUNK:
+            return self._read(inputs, cache)
+        chunks = (inputs[:, start : start + _CPU_CHUNK] for start in range(0, T, _CPU_CHUNK))
+        return mx.concatenate([self._read(chunk, cache) for chunk in chunks], axis=1)
+
+    def _read(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
         B, T = inputs.shape
         for c in cache:
             c.expand(B)

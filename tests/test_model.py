@@ -109,6 +109,26 @@ def test_texts_in_a_batch_are_what_they_are_alone(kind):
         assert largest_error(row, in_calls(model, text[None], [5, 6, 20])[0]) <= 1e-6
 
 
+@pytest.mark.parametrize("padding", [{}, {"left_padding": [0, 9, 23]}, {"lengths": [31, 2, 11]}])
+def test_long_texts_go_through_the_layers_in_chunks(padding, monkeypatch):
+    model = build("linear", "111")
+    ids = mx.random.randint(0, 61, (3, 31))
+    counts = mx.arange(31) < mx.array(padding.get("lengths", [31] * 3))[:, None]
+    counts = counts & (mx.arange(31) >= mx.array(padding.get("left_padding", [0] * 3))[:, None])
+
+    def logits():
+        cache = model.make_cache()
+        for c in cache:
+            c.expand(3)
+            c.prepare(**padding)
+        return model(ids, cache=cache) * counts[..., None], mx.concatenate([c.rows for c in cache])
+
+    expected = logits()
+    monkeypatch.setattr("mlx_ttt.model._CPU_CHUNK", 7)
+    for found, whole in zip(logits(), expected, strict=True):
+        assert largest_error(found, whole) <= 1e-5
+
+
 def test_one_text_is_continued_in_several_ways():
     model = build("linear", "111")
     start, ways = mx.random.randint(0, 61, (1, 9)), mx.random.randint(0, 61, (3, 8))
