@@ -28,10 +28,13 @@ class CausalConv1d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: the inputs with the kernel - 1 before them, [B, kernel - 1 + T, C]; returns [B, T, C]."""
-        kernel = self.weight.shape[1]
+        weight = self.weight[..., 0].T  # [kernel, C]
+        kernel = weight.shape[0]
         T = x.shape[1] - kernel + 1
+        if T == 1:
+            return (x * weight).sum(1, keepdims=True) + self.bias
         # A sum of shifted products: on a CPU three times faster than MLX's grouped convolution.
-        return sum((x[:, i : i + T] * self.weight[:, i, 0] for i in range(kernel)), self.bias)
+        return sum((x[:, i : i + T] * weight[i] for i in range(kernel)), self.bias)
 
 
 class Conv(nn.Module):
@@ -67,22 +70,22 @@ class RoPE:
 
     def __init__(self, head_dim: int, mini_batch_size: int, theta: float):
         frequency = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-        angle = np.arange(mini_batch_size)[:, None] * frequency  # [K, D/2]
-        self.cos, self.sin = mx.array(np.cos(angle), mx.float32), mx.array(np.sin(angle), mx.float32)
+        angle = np.arange(mini_batch_size)[:, None, None] * frequency  # [K, 1, D/2]
+        self.cos = mx.array(np.repeat(np.cos(angle), 2, axis=-1), mx.float32)  # [K, 1, D]
+        self.sin = mx.array(np.stack([-np.sin(angle), np.sin(angle)], axis=-1).reshape(self.cos.shape), mx.float32)
 
     def table(self, phase: list[int], T: int) -> tuple[mx.array, mx.array]:
-        """cos and sin for T tokens from each phase, [B or 1, T, 1, D/2]."""
+        """Factors for T tokens from each phase, as `rotate` takes them, [B or 1, T, 1, D]."""
         phase = phase[:1] if len(set(phase)) == 1 else phase
-        slots = (mx.array(phase)[:, None] + mx.arange(T)) % self.cos.shape[0]  # [B or 1, T]
-        return self.cos[slots][:, :, None], self.sin[slots][:, :, None]
+        slots = mx.array((np.array(phase)[:, None] + np.arange(T)) % len(self.cos))  # [B or 1, T]
+        return self.cos[slots], self.sin[slots]
 
     @staticmethod
     def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
         """x [B, T, H, D], rotated in float32 and returned in its dtype."""
         cos, sin = table
-        even, odd = x[..., 0::2], x[..., 1::2]  # [B, T, H, D/2]
-        pairs = mx.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-        return pairs.reshape(x.shape).astype(x.dtype)
+        swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+        return (x * cos + swapped * sin).astype(x.dtype)
 
 
 class TTT(nn.Module):

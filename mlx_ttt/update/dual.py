@@ -10,10 +10,12 @@ MLX_ENABLE_TF32=0 is set.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..activations import gelu, gelu_and_grad
 
@@ -42,6 +44,11 @@ class _Run(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + self.count * self.n
+
+    def split(self, x: mx.array) -> mx.array:
+        """The tokens of the run, from [B, H, T, D] to [B, H, N, n, D]."""
+        B, H, _, D = x.shape
+        return x[:, :, self.start : self.stop].reshape(B, H, self.count, self.n, D)
 
     @property
     def slots(self) -> slice | mx.array:
@@ -146,41 +153,40 @@ def _commit(weights, rows, t_last):
 
 
 def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
-    B, T, H, D = q.shape
+    B, T, _, _ = q.shape
     K, dtype = rows.shape[2], q.dtype
-    q, k, v, lr = (x.astype(mx.float32) for x in (q, k, v, lr[..., None]))
-    bias = gamma * (beta - (v - k))
-    gamma_sq = gamma.square()[:, None]
-    causal = t[:, None] * mx.tri(K)  # t_i where j <= i, else 0
+    q, k, v, lr = (x.astype(mx.float32).swapaxes(1, 2) for x in (q, k, v, lr[..., None]))  # [B, H, T, ·]
+    gamma, beta = gamma[:, None], beta[:, None]  # [H, 1, D]
+    gamma_sq, bias = gamma.square(), gamma * (beta - (v - k))
+    causal = t[:, None] * _triangle(K)  # t_i where j <= i, else 0
 
     outputs = []
     for run in _runs(T, K, phase, [T] * B if lengths is None else lengths):
         if not any(run.live):
-            outputs.append(mx.zeros_like(q[:, run.start :]))
+            outputs.append(mx.zeros_like(q[:, :, run.start :]))
             break
-        kq = mx.concatenate([_mini_batches(k, run), _mini_batches(q, run)], axis=-2)
+        kq = mx.concatenate([run.split(k), run.split(q)], axis=-2)  # [B, H, N, 2n, D]
         seen = causal[run.slots] if isinstance(run.slots, slice) else causal[run.slots][:, None]
         complete = [on and p + run.n == K for p, on in zip(run.phase, run.live, strict=True)]
-        z = []
-        for views in zip(kq, _mini_batches(lr, run), _mini_batches(bias, run), strict=True):
-            z_n, parts, rows = rule(_Tokens(*views, gamma_sq, seen, run), weights, rows)
-            z.append(z_n)
+        for i in range(run.count):
+            place = slice(run.start + i * run.n, run.start + (i + 1) * run.n)
+            tokens = _Tokens(kq[:, :, i], lr[:, :, place], bias[:, :, place], gamma_sq, seen, run)
+            z, parts, rows = rule(tokens, weights, rows)
+            outputs.append(z)
             if any(complete):
                 committed = _commit(weights, parts, t[K - 1])
                 weights = tuple(_where(complete, new, old) for new, old in zip(committed, weights, strict=True))
                 rows = _where(complete, mx.zeros_like(rows), rows)
-        outputs.append(mx.stack(z).transpose(1, 0, 3, 2, 4).reshape(B, -1, H, D))
 
-    z = mx.concatenate(outputs, axis=1) if outputs else q
+    z = mx.concatenate(outputs, axis=2) if outputs else q
     y = q + gamma * mx.fast.layer_norm(z, None, None, EPS) + beta
-    return y.astype(dtype), weights, rows
+    return y.swapaxes(1, 2).astype(dtype), weights, rows
 
 
-def _mini_batches(x, run):
-    """The tokens of a run, [B, T, H, ·] -> [N, B, H, n, ·]."""
-    B, _, H, D = x.shape
-    x = x[:, run.start : run.stop].reshape(B, run.count, run.n, H, D)
-    return mx.contiguous(x.transpose(1, 0, 3, 2, 4))
+@functools.cache
+def _triangle(K: int) -> mx.array:
+    """1 where j <= i, else 0, [K, K]."""
+    return mx.array(np.tri(K), mx.float32)
 
 
 def _where(mask: list[bool], new, old):
