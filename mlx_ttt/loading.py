@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import SPMStreamingDetokenizer, TokenizerWrapper
 
@@ -17,10 +16,10 @@ from .checkpoint.parameters import Parameters
 from .checkpoint.quantization import Quantization
 from .checkpoint.source import open_source
 from .checkpoint.untrusted import quoted
+from .cpu import prepare
 from .detokenizer import SentencePieceDetokenizer
 from .errors import CheckpointError, TokenizerError
 from .model import Model, ModelArgs
-from .quantized import for_cpu
 
 BUNDLED = "shakespeare-ttt-linear"
 
@@ -69,8 +68,7 @@ def load_model(path: str | Path | None = None, revision: str | None = None) -> t
             get_model_classes=lambda config: (Model, ModelArgs),
         )
         if mx.default_device() == mx.cpu:
-            _widen(model)
-            for_cpu(model)
+            prepare(model)
         mx.eval(model.parameters())
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {quoted(error)}") from error
@@ -122,8 +120,3 @@ def load_tokenizer(path: Path, config: dict):
 def _no_warning(record: logging.LogRecord) -> bool:
     """transformers warns that it has no model "ttt"; it is only asked for the tokenizer."""
     return record.levelno > logging.WARNING
-
-
-def _widen(model: nn.Module) -> None:
-    half = (mx.float16, mx.bfloat16)
-    model.apply(lambda x: x.astype(mx.float32) if x.dtype in half else x)
