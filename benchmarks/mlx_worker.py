@@ -15,6 +15,7 @@ from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.cpu import prepare
 from mlx_ttt.generation import PREFILL_STEP_SIZE
 from mlx_ttt.loading import load_model
 
@@ -25,6 +26,8 @@ class Model:
     def __init__(self, config: dict, dtype: str):
         mx.random.seed(0)
         self.model = build(config, dtype)
+        if config["model_type"] == "ttt" and mx.default_device() == mx.cpu:
+            prepare(self.model)  # as `load` does
         mx.eval(self.model.parameters())
         self.vocabulary = config["vocab_size"]
         self.options = {"prefill_step_size": PREFILL_STEP_SIZE} if config["model_type"] == "ttt" else {}

@@ -9,8 +9,8 @@ import pytest
 import mlx_ttt
 from mlx_ttt.checkpoint.convert import convert
 from mlx_ttt.checkpoint.quantization import Scheme
+from mlx_ttt.cpu import prepare
 from mlx_ttt.errors import StateError
-from mlx_ttt.quantized import for_cpu
 
 from .test_trained import bits_per_byte, tempest, trained  # noqa: F401  fixtures
 
@@ -31,7 +31,7 @@ class TestLayers:
         """The same as with the dequantized matrix, for few rows and many, in float32."""
         model = nn.Sequential(nn.Embedding(7, 64), nn.Linear(64, 13, bias=False))
         nn.quantize(model, mode=mode)
-        for_cpu(model)
+        prepare(model)
         embedding, linear = model.layers
         x = mx.random.normal((*rows, 64))
         for found, layer in ((linear(x), linear), (embedding.as_linear(x), embedding)):
@@ -41,25 +41,6 @@ class TestLayers:
         rows = embedding(mx.array([3, 5]))
         weight = mx.dequantize(embedding.weight, embedding.scales, embedding.get("biases"), mode=mode)
         assert rows.dtype == mx.float32 and mx.allclose(rows, weight[mx.array([3, 5])])
-
-    @pytest.mark.skipif(mx.default_device() != mx.cpu, reason="elsewhere MLX has a kernel")
-    def test_many_rows_are_fast(self):
-        """A hundred rows for less than half of what MLX's quantized product takes; it is a tenth."""
-        import time
-
-        linear = nn.Linear(512, 1024, bias=False).to_quantized(bits=4)
-        x = mx.random.normal((100, 512))
-
-        def seconds() -> float:
-            mx.eval(linear(x))
-            start = time.perf_counter()
-            for _ in range(3):
-                mx.eval(linear(x))
-            return time.perf_counter() - start
-
-        slow = seconds()
-        for_cpu(linear)
-        assert seconds() < slow / 2
 
 
 def test_everything_is_float32_on_a_cpu(four_bits):
