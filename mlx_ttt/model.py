@@ -76,7 +76,10 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = SwiGLU(args)
 
-    def __call__(self, x: mx.array, cache: TTTCache) -> mx.array:
+    def __call__(self, x: mx.array, cache: TTTCache | None = None) -> mx.array:
+        if cache is None:  # made here: gradient checkpointing calls a block twice, and both times from the start
+            cache = self.make_cache()
+            cache.expand(x.shape[0])
         if "conv" in self:
             x = x + self.conv(x, cache)
         x = x + self.seq_modeling_block(self.seq_norm(x), cache)
@@ -96,20 +99,20 @@ class TTTModel(nn.Module):
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
+    def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:
         T = inputs.shape[1]
-        if mx.default_device() != mx.cpu or T <= _CPU_CHUNK:
+        if cache is None or T <= _CPU_CHUNK or mx.default_device() != mx.cpu:
             return self._read(inputs, cache)
         chunks = (inputs[:, start : start + _CPU_CHUNK] for start in range(0, T, _CPU_CHUNK))
         return mx.concatenate([self._read(chunk, cache) for chunk in chunks], axis=1)
 
-    def _read(self, inputs: mx.array, cache: list[TTTCache]) -> mx.array:
+    def _read(self, inputs: mx.array, cache: list[TTTCache] | None) -> mx.array:
         B, T = inputs.shape
-        for c in cache:
+        for c in cache or ():
             c.expand(B)
-        padding = cache[0].left_padding(T)
+        padding = cache[0].left_padding(T) if cache else [0] * B
         x = self.embed_tokens(_roll(inputs, [-n for n in padding]))  # padding behind the tokens that count
-        for layer, c in zip(self.layers, cache, strict=True):
+        for layer, c in zip(self.layers, cache or [None] * len(self.layers), strict=True):
             x = layer(x, c)
         return _roll(self.norm(x), padding)
 
@@ -144,7 +147,7 @@ class Model(nn.Module):
         Returns:
             Logits of the token after each position, [B, T, V].
         """
-        x = self.model(inputs, self.make_cache() if cache is None else cache)
+        x = self.model(inputs, cache)
         return self.model.embed_tokens.as_linear(x) if self.args.tie_word_embeddings else self.lm_head(x)
 
     @property
