@@ -159,7 +159,6 @@ def torch_rows(name: str, read: dict[str, Lengths], decode: dict[str, Lengths]) 
     rows = []
     for n in read.get(name, {}).keys() & read.get(f"PyTorch {name}", {}).keys():
         ours, theirs = read[name][n], read[f"PyTorch {name}"][n]
-        a, b = (answers[0]["resident_bytes"] for answers in (ours, theirs))
         rows += [
             [name, f"prefill of {n}, tokens/s", *speeds(int(n), seconds(ours), seconds(theirs))],
             [
@@ -167,7 +166,8 @@ def torch_rows(name: str, read: dict[str, Lengths], decode: dict[str, Lengths]) 
                 "… their logits of all positions",
                 *speeds(int(n), seconds(ours), seconds(theirs, "seconds_all_logits")),
             ],
-            [name, "largest resident memory, MB", f"{a / 1e6:,.0f}", f"{b / 1e6:,.0f}", f"{a / b:.2f}"],
+            [name, "largest resident memory, MB", *megabytes(ours, theirs, "resident_bytes")],
+            [name, "… their logits of all positions", *megabytes(ours, theirs, "resident_bytes_all_logits")],
         ]
     for n in decode.get(name, {}).keys() & decode.get(f"PyTorch {name}", {}).keys():
         ours, theirs = decode[name][n], decode[f"PyTorch {name}"][n]
@@ -177,6 +177,11 @@ def torch_rows(name: str, read: dict[str, Lengths], decode: dict[str, Lengths]) 
 
 def speeds(tokens: int, ours: list[float], theirs: list[float]) -> list[str]:
     return [f"{tokens / median(ours):,.1f}", f"{tokens / median(theirs):,.1f}", ratio(theirs, ours)]
+
+
+def megabytes(ours: Answers, theirs: Answers, their_key: str) -> list[str]:
+    a, b = ours[0]["resident_bytes"], theirs[0][their_key]
+    return [f"{a / 1e6:,.0f}", f"{b / 1e6:,.0f}", f"{a / b:.2f}"]
 
 
 def seconds(answers: Answers, key: str = "seconds") -> list[float]:

@@ -43,8 +43,8 @@ class Model:
 
         Returns:
             seconds with the logits of the last position only; seconds with those of all positions, which is what the
-            official `forward` computes; bytes of the state; the largest resident memory so far, in a first call without
-            the logits of all positions.
+            official `forward` computes; bytes of the state; the largest resident memory so far, in a first call, before
+            and after the logits of all positions.
         """
         prompt = torch.randint(0, self.config["vocab_size"], (1, tokens))
         start = time.perf_counter()
@@ -62,6 +62,7 @@ class Model:
             "seconds_all_logits": read - start + logits,
             "state_bytes": _bytes(vars(cache)),
             "resident_bytes": resident,
+            "resident_bytes_all_logits": resident_bytes(),
         }
 
     def decode(self, context: int, tokens: int) -> dict:

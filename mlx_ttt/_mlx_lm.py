@@ -15,6 +15,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import PathFinder
 
 _ARCHITECTURE = "mlx_lm.models.ttt"
+MODEL_FILE = "ttt.py"
 
 
 class _Architecture(Loader):
@@ -30,8 +31,8 @@ def _add_caches(module) -> None:
     module.TTTCache, module.RewindableTTTCache = cache.TTTCache, cache.RewindableTTTCache
 
 
-def _ignore_model_file(module) -> None:
-    load_config = module.load_config
+def _pass_over_model_file(module) -> None:
+    load_config, save_config = module.load_config, module.save_config
 
     @functools.wraps(load_config)
     def without_model_file(*args, **kwargs) -> dict:
@@ -40,10 +41,15 @@ def _ignore_model_file(module) -> None:
             config.pop("model_file", None)
         return config
 
-    module.load_config = without_model_file
+    @functools.wraps(save_config)
+    def with_model_file(config: dict, *args, **kwargs) -> None:
+        own = {"model_file": MODEL_FILE} if config.get("model_type") == "ttt" else {}
+        save_config(config | own, *args, **kwargs)
+
+    module.load_config, module.save_config = without_model_file, with_model_file
 
 
-_COMPLETED = {"mlx_lm.models.cache": _add_caches, "mlx_lm.utils": _ignore_model_file}
+_COMPLETED = {"mlx_lm.models.cache": _add_caches, "mlx_lm.utils": _pass_over_model_file}
 
 
 class _Finder(MetaPathFinder):

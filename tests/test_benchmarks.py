@@ -285,10 +285,12 @@ def test_against_torch():
         return [{"seconds": s, "state_bytes": 1, "resident_bytes": 3e6, "tokens": 32, **more} for s in seconds]
 
     read = {"TTT-MLP": {"64": answers([1.0, 2.0])}}
-    read["PyTorch TTT-MLP"] = {"64": answers([3.0, 4.0], resident_bytes=6e6, seconds_all_logits=8.0)}
+    read["PyTorch TTT-MLP"] = {
+        "64": answers([3.0, 4.0], resident_bytes=6e6, resident_bytes_all_logits=1e7, seconds_all_logits=8.0)
+    }
     decode = {"TTT-MLP": {"64": answers([1.0])}, "PyTorch TTT-MLP": {"64": answers([0.5])}}
     rows = report.torch_rows("TTT-MLP", read, decode)
-    assert [row[-1] for row in rows] == ["2.50 (2.00…3.00)", "6.00 (4.00…8.00)", "0.50", "0.50"]
+    assert [row[-1] for row in rows] == ["2.50 (2.00…3.00)", "6.00 (4.00…8.00)", "0.50", "0.30", "0.50"]
     assert report.torch_rows("TTT-Linear", read, decode) == []
 
 

@@ -364,6 +364,9 @@ class TestLora:
         adapter = ["--model", directory, "--adapter-path", tmp_path / "adapter"]
         out = run(sys.modules["mlx_lm.generate"], *adapter, "--prompt", PROMPTS[0], "-m", 20)
         run(fuse, *adapter, "--save-path", tmp_path / "fused")
+        assert (
+            json.loads((tmp_path / "fused" / "config.json").read_text())["model_file"] == "ttt.py"
+        )  # for stock mlx-lm
         fused = mlx_ttt.generate(*mlx_ttt.load(tmp_path / "fused"), PROMPTS[0], max_tokens=20)
         assert fused in out
         assert fused != mlx_ttt.generate(*model_and_tokenizer, PROMPTS[0], max_tokens=20)

@@ -15,6 +15,7 @@ from .quantization import Quantization
 from .source import Source
 from .untrusted import quoted
 
+_ENDS = str.maketrans("`|", "'/")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 
 
@@ -37,12 +38,16 @@ def model_card(
     if located.repo:
         origin = f"[{located.repo}]({address(located.repo, located.commit)})"
     else:
-        origin = f"`{quoted(source.path.absolute().name)}`"
+        origin = _code(source.path.absolute().name)
     dtypes = ", ".join(dtype for dtype in bytes_by_dtype if dtype not in ("uint32", "uint8"))
-    precision = f"projections and embeddings in {quantization}; the rest in {dtypes}" if quantization else dtypes
-    hashes = "".join(f"| `{quoted(file.name)}` | `{digest}` |\n" for file, digest in _sha256(source.files))
+    precision = (
+        f"projections and embeddings whose rows divide into groups in {quantization}; the rest in {dtypes}"
+        if quantization
+        else dtypes
+    )
+    hashes = "".join(f"| {_code(file.name)} | `{digest}` |\n" for file, digest in _sha256(source.files))
     base_model = f"base_model: {located.repo}\n" if located.repo else ""
-    title, loaded = quoted(name), json.dumps(name)
+    title, loaded = quoted(name), json.dumps(name, ensure_ascii=not name.isprintable())
     return f"""---
 library_name: mlx
 pipeline_tag: text-generation
@@ -81,6 +86,11 @@ model, tokenizer = load({loaded}, trust_remote_code=True)  # runs {MODEL_FILE}, 
 print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 ```
 """
+
+
+def _code(name: str) -> str:
+    """A file's name as code in a table, without what would end either."""
+    return f"`{quoted(name).translate(_ENDS)}`"
 
 
 def _sha256(files: Iterable[Path]) -> Iterable[tuple[Path, str]]:

@@ -69,15 +69,19 @@ def config_of(checkpoint: Source, given: Path | None = None, assumptions: Mappin
     told = dict(assumptions or {})
     assumed = {name: value for name, value in assumed_config(config).items() if name not in told}
     config |= assumed | told
-    return Config(config, _arguments(config, str(checkpoint.path)), None, _warnings(assumed))
+    args = _arguments(config, str(checkpoint.path))
+    return Config(config, args, None, (_warning(args, assumed),))
 
 
-def _warnings(assumed: Mapping[str, float]) -> tuple[str, ...]:
+def _warning(args: ModelArgs, assumed: Mapping[str, float]) -> str:
+    """What a person can check: a stream that was cut between two values, for one, looks like a smaller model."""
+    head = "tied to the embedding" if args.tie_word_embeddings else "of its own"
+    inferred = f"no config: by its tensors the model has {args.num_hidden_layers} layers and an lm_head {head}"
     if not assumed:
-        return ()
+        return inferred
     values = ", ".join(f"{name} {value:g}" for name, value in assumed.items())
     options = ", ".join(f"--{name.replace('_', '-')}" for name in assumed)
-    return (f"no config: sizes come from the tensors; assumed as in the released models: {values} ({options})",)
+    return f"{inferred}; assumed as in the released models: {values} ({options})"
 
 
 def find_config(folder: Path, config: Path | None) -> Path:

@@ -15,7 +15,17 @@ from ..errors import CheckpointError, OutputError, QuantizationError, TokenizerE
 from ..model import ModelArgs
 from .card import model_card
 from .config import config_of, written_config
-from .directory import CARD, CONFIG, GENERATION_CONFIG, MODEL_FILE, TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, shard_name
+from .directory import (
+    CARD,
+    CONFIG,
+    GENERATION_CONFIG,
+    MODEL_FILE,
+    MODEL_FILE_TEXT,
+    TOKENIZER_FILES,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    shard_name,
+)
 from .folder import check_place, complete_folder
 from .hub import locate
 from .parameters import EMBEDDING, HEAD, Parameters
@@ -27,12 +37,6 @@ from .untrusted import read_json
 
 LARGEST_SHARD = 5 * 10**9  # bytes
 _SMALL_FILES = 1 << 20  # bytes for configs and headers, at most
-_MODEL_FILE_TEXT = '''"""For mlx-lm with `--trust-remote-code`; mlx-ttt itself does without this file."""
-
-from mlx_ttt.model import Model, ModelArgs  # pip install mlx-ttt
-
-__all__ = ["Model", "ModelArgs"]
-'''
 _TOKENIZER_GROWTH = 8  # a tokenizer.json made of a tokenizer.model has at most so many times its size
 
 
@@ -155,6 +159,8 @@ def convert(
         checkpoint = replace(checkpoint, tensors=before.dequantized(checkpoint.tensors, str(checkpoint.path)))
     parameters = Parameters(args)
     parameters.check(checkpoint.tensors, f"{checkpoint.path}: does not fit {found.name}")
+    if before and dtype is None:
+        dtype = checkpoint.tensors["model.norm.weight"].dtype  # what all had before: some modes dequantize to bfloat16
 
     warnings = list(found.warnings)
 
@@ -180,7 +186,7 @@ def convert(
     with mx.stream(mx.cpu), complete_folder(out, nbytes, overwrite) as folder:  # only the CPU knows float64
         _check_tied_head(checkpoint, args)
         _write_json(folder / CONFIG, new_config)
-        (folder / MODEL_FILE).write_text(_MODEL_FILE_TEXT, encoding="utf-8")
+        (folder / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
         warnings += _copy_generation_config(checkpoint.folder, folder)
         warnings += _write_tokenizer(tokenizer_source, tokenizer is not None, folder, new_config)
         _write_weights(folder, tensors, progress)

@@ -7,16 +7,23 @@ import re
 import stat
 from pathlib import Path
 
+from .._mlx_lm import MODEL_FILE
 from ..errors import CheckpointError, OutputError
-from .untrusted import read_json
+from .untrusted import LONGEST_JSON, read_bytes, read_json
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-MODEL_FILE = "ttt.py"  # with it, mlx-lm's own commands find the architecture
 CARD = "README.md"
 WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_COMPANIONS = ("special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+MODEL_FILE_TEXT = '''"""For mlx-lm with `--trust-remote-code`; mlx-ttt itself does without this file."""
+
+from mlx_ttt.model import Model, ModelArgs  # pip install mlx-ttt
+
+__all__ = ["Model", "ModelArgs"]
+'''
 
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _NAMES = {
@@ -24,6 +31,8 @@ _NAMES = {
     ".DS_Store",  # Finder leaves it wherever it looks
     *(*TOKENIZER_FILES, TOKENIZER_CONFIG, *TOKENIZER_COMPANIONS),
 }
+# What these say when no person wrote them.
+_SIGNS = {CARD: b"library_name: mlx", MODEL_FILE: b"from mlx_ttt.model import Model, ModelArgs"}
 
 
 def shard_name(number: int, count: int) -> str:
@@ -49,6 +58,8 @@ def _foreign(folder: Path) -> str | None:
             return f"holds {name!r}, which is no part of a model directory"
         if not stat.S_ISREG(os.lstat(folder / name).st_mode):
             return f"holds {name!r}, which is not a plain file"
+        if name in _SIGNS and _SIGNS[name] not in read_bytes(folder / name, LONGEST_JSON, OutputError):
+            return f"holds a {name} that somebody has written"
     return _not_ours(folder / CONFIG) if names else None
 
 

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..errors import HubError, TTTError
 from .directory import CONFIG, GENERATION_CONFIG, TOKENIZER_COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
@@ -84,10 +84,14 @@ def check_upload(repo: str) -> None:
     """What can be said before a long conversion of whether `upload` will work.
 
     Raises:
-        HubError: `repo` cannot be the name of a repository, or nobody is logged in.
+        HubError: `repo` cannot be the name of a repository, nobody is logged in, or the Hub is not to be asked.
     """
     if not _REPO.fullmatch(repo):
         raise HubError(f"{quoted(repo)}: not the name of a repository to upload to, which is like org/name")
+    with _conversation(repo):
+        validate_repo_id(repo)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{repo}: cannot upload there: HF_HUB_OFFLINE is set")
     if get_token() is None:
         raise HubError(f"{repo}: to upload there, log in with `hf auth login` or set HF_TOKEN")
 

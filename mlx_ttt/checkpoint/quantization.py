@@ -94,7 +94,7 @@ class Scheme:
         shape = scales.shape[0], scales.shape[1] * self.group_size
         dtype = scales.dtype if self.mode == "affine" else mx.bfloat16
         found = {name: (part.shape, part.dtype) for name, part in parts.items()}
-        if found != self.layout(shape, dtype) or not mx.issubdtype(dtype, mx.floating):
+        if found != self.layout(shape, dtype):
             shown = ", ".join(f"{name} {shape} {dtype_name(dtype)}" for name, (shape, dtype) in found.items())
             raise ValueError(f"has {shown}: not a matrix of {self}, as the config says")
 
@@ -135,8 +135,8 @@ class Quantization:
         Raises:
             CheckpointError: in a way that MLX does not know.
         """
-        entry = config.get("quantization") or config.get("quantization_config")
-        if not entry:
+        entry = config.get("quantization")  # mlx-lm writes both and reads this one
+        if not entry and not config.get("quantization_config"):
             return None
         try:
             own = {name: Scheme(**value) for name, value in entry.items() if isinstance(value, dict)}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import TTTError
+from ..errors import HubError, TTTError
 from .command import CONTEXT, Command, Progress
 from .coreml import coreml, verify
 
@@ -85,7 +85,10 @@ def mlx(source, out, dtype, bits, group_size, mode, upload_repo, ttt_base_lr, ro
         f" {8 * report.nbytes / report.parameters:.2f} bits per weight"
     )
     if upload_repo is not None:
-        click.echo(upload(out, upload_repo))
+        try:
+            click.echo(upload(out, upload_repo))
+        except HubError as error:
+            raise HubError(f"{error}; {out} is complete: `hf upload {upload_repo} {out}` uploads it") from None
 
 
 @convert.command(cls=Command, context_settings=CONTEXT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import runpy
+import shutil
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,7 +46,7 @@ def test_what_it_is(card):
 
 def test_precision_of_a_quantized_model(card):
     text, bits = card(dtype=mx.bfloat16, quantize=Scheme(32, 4))
-    assert "projections and embeddings in 4 bits in groups of 32, affine" in text
+    assert "projections and embeddings whose rows divide into groups in 4 bits in groups of 32, affine" in text
     assert f"{bits:.2f} bits per weight" in text and 5 < bits < 12
 
 
@@ -63,6 +64,19 @@ def test_names_that_are_no_markdown(card):
     text, _ = card('a\n---\n"b')
     assert text.count("\n---\n") == 1
     assert text.splitlines()[5] == '# a\\n---\\n"b'
+
+
+def test_a_file_name_ends_no_table_cell(golden_dir, tmp_path):
+    folder = tmp_path / "a`|<b>"
+    shutil.copytree(golden_dir / "linear-mamba", folder)
+    convert(folder, tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "**Converted from** `a'/<b>` (PyTorch)" in text
+
+
+def test_the_name_is_python(card):
+    text, _ = card("a😀")
+    assert 'mlx_ttt.load("a😀")' in text
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_ttt.checkpoint.directory import MODEL_FILE_TEXT
 from mlx_ttt.checkpoint.folder import complete_folder
 from mlx_ttt.errors import OutputError
 
@@ -170,8 +171,18 @@ def test_overwrite_of_all_that_a_model_directory_has(old):
         *("special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     ):
         (old / name).touch()
+    (old / "README.md").write_text("---\nlibrary_name: mlx\n")
+    (old / "ttt.py").write_text(MODEL_FILE_TEXT)
     replace(old)
     assert contents(old) == {"a": "1"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "ttt.py"])
+def test_what_a_person_wrote_is_not_overwritten(old, name):
+    (old / name).write_text("my notes")
+    with pytest.raises(OutputError, match=f"holds a {name} that somebody has written"):
+        replace(old)
+    assert (old / name).read_text() == "my notes"
 
 
 FOREIGN = ["thesis.tex", ".git", "pytorch_model.bin", "model.safetensors.bak", "model-best.safetensors", "tokenizer.py"]

@@ -178,7 +178,7 @@ class TestUse:
         hub.add(REPO, contents(mlx_ttt.bundled_model()))
         written = run("generate", "--model", REPO, "-p", "ROMEO:", "-m", 8).stdout
         assert written == mlx_ttt.generate(*mlx_ttt.load(REPO, "main"), "ROMEO:", max_tokens=8) + "\n"
-        assert hub.downloaded() == {file.name for file in mlx_ttt.bundled_model().iterdir()} - {"README.md"}
+        assert hub.downloaded() == {file.name for file in mlx_ttt.bundled_model().iterdir()} - {"README.md", "ttt.py"}
 
     def test_official_stream(self, hub, golden_dir, tmp_path):
         """A repository as the method's authors have them: no config, no tokenizer, and pickles that nobody opens."""
@@ -250,6 +250,8 @@ class TestErrors:
     def test_nobody_is_logged_in(self, hub, refused, small):
         refused("me/model: to upload there, log in with", small, "--upload-repo", "me/model")
         refused("not the name of a repository", small, "--upload-repo", "https://hub/me/model")
+        for name in ("me/a..b", "me/" + "a" * 120):
+            refused(f"{name}: ", small, "--upload-repo", name)
 
     def test_upload_refused(self, hub, small, tmp_path, monkeypatch):
         """By then the model is there, and stays."""
@@ -257,7 +259,7 @@ class TestErrors:
         result = run("convert", "mlx", small, tmp_path / "out", "--upload-repo", "me/model")
         assert result.exit_code == 2
         *_, last = result.stderr.splitlines()
-        assert re.fullmatch("error: me/model: the Hub answers 403: You don't have the rights .+", last)
+        assert re.fullmatch("error: me/model: the Hub answers 403: You don't have the rights .+ is complete: .+", last)
         assert {file.name for file in (tmp_path / "out").iterdir()} > CONVERTED
 
     def test_hub_in_trouble(self, hub, files, refused):

@@ -23,6 +23,7 @@ from mlx_ttt.checkpoint import convert as convert_module
 from mlx_ttt.checkpoint.convert import convert, inspect
 from mlx_ttt.checkpoint.parameters import Parameters
 from mlx_ttt.checkpoint.quantization import Quantization, Scheme
+from mlx_ttt.checkpoint.tensor import dtype_name
 from mlx_ttt.cli import main
 from mlx_ttt.errors import CheckpointError, QuantizationError
 from mlx_ttt.loading import load_model
@@ -241,6 +242,13 @@ class TestAgain:
             & json.loads((tmp_path / "float" / "config.json").read_text()).keys()
         )
 
+    @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+    def test_dequantized_to_what_it_was(self, source, tmp_path, dtype):
+        """Though MLX dequantizes this mode to bfloat16."""
+        convert(source, tmp_path / "quantized", dtype=dtype, quantize=Scheme(mode="mxfp4"))
+        report = convert(tmp_path / "quantized", tmp_path / "float", dequantize=True)
+        assert report.bytes_by_dtype.keys() == {dtype_name(dtype), "float32"}
+
     def test_quantized_again(self, source, tmp_path):
         convert(source, tmp_path / "eight", quantize=Scheme(32, 8))
         convert(tmp_path / "eight", tmp_path / "float", dequantize=True)
@@ -399,6 +407,10 @@ class TestDamage:
 
     def test_another_tools_quantization(self, damage):
         self.assert_refused(damage(quantization=None, quantization_config={"quant_method": "gptq"}), "but not by MLX")
+
+    def test_only_the_entry_that_mlx_lm_does_not_read(self, damage):
+        entry = {"group_size": 32, "bits": 4, "mode": "affine"}
+        self.assert_refused(damage(quantization=None, quantization_config=entry), "but not by MLX")
 
     def test_no_word_of_it(self, damage):
         folder = damage(quantization=None, quantization_config=None)
