@@ -21,7 +21,7 @@ def run(timeout: int, *arguments: object) -> None:
 
 
 def test_damaged_checkpoints():
-    run(120, 0, 260)
+    run(120, 0, 160)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ def tempest() -> np.ndarray:
     return np.array(tokenizer.encode((DATA / "tempest.txt").read_bytes().decode("utf-8")))
 
 
+@pytest.mark.slow
 def test_greedy_text(packages):
     """The same 100 tokens as MLX; or the first other one is nearly as good, and is shown."""
     package = packages("trained")
