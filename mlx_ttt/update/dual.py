@@ -59,14 +59,14 @@ class _Run(NamedTuple):
         return start[:, None] + mx.arange(self.n)
 
 
-def _runs(T: int, K: int, phase: Sequence[int], lengths: Sequence[int]) -> Iterator[_Run]:
-    """Cut T tokens wherever a sequence completes a mini-batch or ends; whole mini-batches in a row are one run."""
+def _runs(K: int, phase: Sequence[int], lengths: Sequence[int]) -> Iterator[_Run]:
+    """Cut the tokens that count wherever a sequence completes a mini-batch or ends; whole mini-batches are one run."""
     phase, start = list(phase), 0
-    while start < T:
+    while start < max(lengths):
         live = [start < length for length in lengths]
         left = [length - start for length in lengths if start < length]
         room = [K - p for p, on in zip(phase, live, strict=True) if on]
-        n = min([*left, *room], default=T - start)
+        n = min([*left, *room])
         count = min(left) // K if n == K else 1
         run = _Run(start, count, n, list(phase), live)
         yield run
@@ -160,11 +160,9 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
     gamma_sq, bias = gamma.square(), gamma * (beta - (v - k))
     causal = t[:, None] * _triangle(K)  # t_i where j <= i, else 0
 
+    lengths = [T] * B if lengths is None else lengths
     outputs = []
-    for run in _runs(T, K, phase, [T] * B if lengths is None else lengths):
-        if not any(run.live):
-            outputs.append(mx.zeros_like(q[:, :, run.start :]))
-            break
+    for run in _runs(K, phase, lengths):
         kq = mx.concatenate([run.split(k), run.split(q)], axis=-2)  # [B, H, N, 2n, D]
         seen = causal[run.slots] if isinstance(run.slots, slice) else causal[run.slots][:, None]
         complete = [on and p + run.n == K for p, on in zip(run.phase, run.live, strict=True)]
@@ -178,7 +176,9 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
                 weights = tuple(_where(complete, new, old) for new, old in zip(committed, weights, strict=True))
                 rows = _where(complete, mx.zeros_like(rows), rows)
 
-    z = mx.concatenate(outputs, axis=2) if outputs else q
+    if max(lengths) < T or not outputs:
+        outputs.append(mx.zeros_like(q[:, :, max(lengths) :]))
+    z = mx.concatenate(outputs, axis=2)
     y = q + gamma * mx.fast.layer_norm(z, None, None, EPS) + beta
     return y.swapaxes(1, 2).astype(dtype), weights, rows
 

@@ -32,7 +32,7 @@ def test_sizes(kind, H, D, K):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("lengths", [None, [20, 5, 0], [1, 19, 8], [0, 0, 0]])
+@pytest.mark.parametrize("lengths", [None, [20, 5, 0], [1, 19, 8], [12, 5, 0], [0, 0, 0]])
 def test_sequences_in_different_phases_and_of_different_lengths(kind, lengths):
     case = make_case(kind, B=3, T=20, phase=[0, 3, 7], lengths=lengths)
     assert_agrees(DUAL[kind](**case), REFERENCE[kind](**case), lengths)
