@@ -65,6 +65,19 @@ class ModelArgs(BaseModelArgs):
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def kind(self) -> str:
+        """The layer's name in the paper."""
+        return {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[self.ttt_layer_type]
+
+    @property
+    def sizes(self) -> str:
+        """The network's, in words."""
+        return (
+            f"{self.num_hidden_layers} layers, hidden size {self.hidden_size}, {self.num_attention_heads} heads of"
+            f" {self.head_dim}, mini-batch size {self.mini_batch_size}, vocabulary {self.vocab_size}"
+        )
+
 
 class Block(nn.Module):
     def __init__(self, args: ModelArgs):

@@ -9,6 +9,8 @@ import mlx_ttt  # noqa: F401  before MLX, so that OpenBLAS is found
 import mlx.core as mx  # isort: skip
 import pytest
 
+from mlx_ttt.checkpoint.convert import convert
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.name for path in (DATA / "golden").iterdir() if path.is_dir())
 
@@ -23,6 +25,14 @@ def golden_dir() -> Path:
 def shakespeare_dir() -> Path:
     """The trained model's official PyTorch checkpoint, with tokenizer and the official implementation's figures."""
     return DATA / "shakespeare-ttt-linear"
+
+
+@pytest.fixture(scope="session")
+def directory(shakespeare_dir, tmp_path_factory) -> Path:
+    """The trained model as `convert.py mlx --dtype float32` makes it."""
+    out = tmp_path_factory.mktemp("models") / "shakespeare"
+    convert(shakespeare_dir, out, dtype=mx.float32)
+    return out
 
 
 @pytest.fixture(autouse=True)

@@ -42,14 +42,6 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def directory(shakespeare_dir, tmp_path_factory) -> Path:
-    """The trained model as `convert.py mlx --dtype float32` makes it."""
-    out = tmp_path_factory.mktemp("models") / "shakespeare"
-    convert(shakespeare_dir, out, dtype=mx.float32)
-    return out
-
-
-@pytest.fixture(scope="module")
 def model_and_tokenizer(directory):
     return mlx_ttt.load(directory)
 

@@ -17,12 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
-import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.server import convert_chat
-
-from mlx_ttt.checkpoint.convert import convert
 
 ROOT = Path(__file__).parents[1]
 # The 40 greedy tokens after these meet no near tie: the best two logits are 0.02 apart or more.
@@ -76,13 +73,6 @@ def serve(directory: Path, log: Path, *options: str) -> Iterator[Server]:
             yield server
         finally:
             process.kill()
-
-
-@pytest.fixture(scope="module")
-def directory(shakespeare_dir, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("models") / "shakespeare"
-    convert(shakespeare_dir, out, dtype=mx.float32)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,6 @@ def model_card(
     Args:
         name: by which the model is to be loaded: a repository or a folder.
     """
-    kind = {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type]
     nbytes = sum(bytes_by_dtype.values())
     if located.repo:
         origin = f"[{located.repo}]({address(located.repo, located.commit)})"
@@ -54,12 +53,11 @@ pipeline_tag: text-generation
 tags: [mlx, ttt, test-time-training]
 {base_model}---
 # {title}
-A {kind} language model of {parameters / 1e6:.2f} M parameters for [MLX](https://github.com/ml-explore/mlx): a
+A {args.kind} language model of {parameters / 1e6:.2f} M parameters for [MLX](https://github.com/ml-explore/mlx): a
 recurrent network whose hidden state is itself a small model, trained on every token it reads (Sun et al. 2024,
 arXiv 2407.04620).
 
-- **Network**: {args.num_hidden_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads of \
-{args.head_dim}, mini-batch size {args.mini_batch_size}, vocabulary {args.vocab_size}.
+- **Network**: {args.sizes}.
 - **Converted from** {origin} ({source.format}) with `mlx_ttt` {__version__}. Its license applies.
 - **Precision**: {precision}. The inner model is float32.
 - **Size**: {nbytes / 1e6:.1f} MB, {8 * nbytes / parameters:.2f} bits per weight.

@@ -115,12 +115,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
     if found.quantization:
         yield "quantized", str(found.quantization)
     if args := found.args:
-        yield "model", {"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type]
-        yield (
-            "size",
-            f"{args.num_hidden_layers} layers, hidden size {args.hidden_size}, {args.num_attention_heads} heads of"
-            f" {args.head_dim}, mini-batch size {args.mini_batch_size}, vocabulary {args.vocab_size}",
-        )
+        yield "model", args.kind
+        yield "size", args.sizes
         flags = [name for name in ("pre_conv", "share_qk", "use_gate") if getattr(args, name)]
         yield "backbone", ", ".join(flags) or "no convolutions, separate q and k, no gate"
         yield "lm_head", "tied to the embedding" if args.tie_word_embeddings else "of its own"

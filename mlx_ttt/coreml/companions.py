@@ -239,7 +239,7 @@ def _write_readme(
         compiled=" and ".join(f"`{name}.mlmodelc`" for name in packages),
         urls=",\n            ".join(urls),
         load="decode, prefill: prefill" if pair else "model",
-        kind={"linear": "TTT-Linear", "mlp": "TTT-MLP"}[args.ttt_layer_type],
+        kind=args.kind,
         layers=args.num_hidden_layers,
         hidden_size=f"{args.hidden_size:,}",
         vocab_size=f"{args.vocab_size:,}",
