@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 
-from . import _mlx_lm, _openblas
+from . import _mlx_lm, _blas
 
 __version__ = "0.1.0"
 
-_openblas.load()
+_blas.load()
 _mlx_lm.register()
 
 # Imported when first used: MLX, mlx-lm and transformers take a second.

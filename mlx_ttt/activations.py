@@ -9,6 +9,9 @@ import math
 import sys
 
 import mlx.core as mx
+import numpy as np
+
+from . import native
 
 _SLOPE, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715  # gelu(x) = x sigmoid(SLOPE (x + CUBIC x^3))
 
@@ -29,6 +32,28 @@ def sigmoid(x: mx.array) -> mx.array:
 
 def silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
+
+
+def silu_times(x: mx.array, y: mx.array) -> mx.array:
+    """silu(x) y, [B, T, C]."""
+    return _activated(x, y, 0, lambda x, y: silu(x) * y)
+
+
+def gelu_times(x: mx.array, y: mx.array) -> mx.array:
+    """gelu(x) y, [B, T, C]."""
+    return _activated(x, y, 1, lambda x, y: gelu(x) * y)
+
+
+def _activated(x, y, is_gelu, operations):
+    if not native.available(x.shape[1]):
+        return operations(x, y)
+
+    def function(x, y):
+        z = np.empty_like(x)
+        native.call("mlx_ttt_activate", x, y, z, x.size, is_gelu)
+        return [z]
+
+    return native.at_once(function, lambda x, y: [operations(x, y)], x, y)[0]
 
 
 def gelu(x: mx.array) -> mx.array:

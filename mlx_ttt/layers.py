@@ -12,7 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .activations import gelu, sigmoid, silu
+from . import native
+from .activations import gelu_times, sigmoid, silu_times
 from .cache import TTTCache
 from .update import ttt_linear, ttt_mlp
 
@@ -28,13 +29,28 @@ class CausalConv1d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: the inputs with the kernel - 1 before them, [B, kernel - 1 + T, C]; returns [B, T, C]."""
-        weight = self.weight[..., 0].T  # [kernel, C]
+        T = x.shape[1] - self.weight.shape[1] + 1
+        if native.available(T):
+            return native.at_once(self._by_taps, lambda *a: [self._by_operations(*a)], x, self.weight, self.bias)[0]
+        return self._by_operations(x, self.weight, self.bias)
+
+    @staticmethod
+    def _by_operations(x, weight, bias):
+        weight = weight[..., 0].T  # [kernel, C]
         kernel = weight.shape[0]
         T = x.shape[1] - kernel + 1
         if T == 1:
-            return (x * weight).sum(1, keepdims=True) + self.bias
+            return (x * weight).sum(1, keepdims=True) + bias
         # A sum of shifted products: on a CPU three times faster than MLX's grouped convolution.
-        return sum((x[:, i : i + T] * weight[i] for i in range(kernel)), self.bias)
+        return sum((x[:, i : i + T] * weight[i] for i in range(kernel)), bias)
+
+    @staticmethod
+    def _by_taps(x, weight, bias):
+        B, T, C = x.shape[0], x.shape[1] - weight.shape[1] + 1, x.shape[2]
+        y = np.empty((B, T, C), np.float32)
+        taps = np.ascontiguousarray(weight[..., 0].T)  # [kernel, C]
+        native.call("mlx_ttt_convolve", x, taps, bias, y, B, T, C, len(taps))
+        return [y]
 
 
 class Conv(nn.Module):
@@ -61,7 +77,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(args.intermediate_size, args.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x)))
 
 
 class RoPE:
@@ -150,7 +166,7 @@ class TTT(nn.Module):
         y = cache.update(self.update_rule, tokens, (self.token_factors(), gamma, beta))
         y = self.post_norm(y.reshape(B, T, C))
         if "g_proj" in self:
-            y = gelu(self.g_proj(x)) * y
+            y = gelu_times(self.g_proj(x), y)
         return self.o_proj(y)
 
     def queries_and_keys(self, x: mx.array, cache: TTTCache) -> tuple[mx.array, mx.array]:

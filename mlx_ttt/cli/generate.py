@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .. import _openblas
+from .. import _blas
 from ..errors import TTTError
 from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress
 
@@ -128,7 +128,7 @@ def generate(
         mlx_ttt.save_state(save_state, state, loaded, tokenizer)
     if verbose:
         click.echo(f"peak memory: {mx.get_peak_memory() / 1e6:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
-        if advice := _openblas.advice():
+        if advice := _blas.advice():
             click.echo(advice, err=True)
     sys.exit(INTERRUPTED if interrupted else 0)
 

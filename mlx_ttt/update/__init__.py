@@ -3,6 +3,7 @@
     reference.py   the definition, token by token, for tests
     dual.py        the dual form in MLX operations, for every device
     metal.py       the same calls bound to metal/*.metal
+    native.py      the same calls bound to mlx_ttt/native/*.c, for long inputs on a Linux CPU
 
 Shapes below: B batch, T tokens, H heads, D head dimension, K mini-batch size, R row width.
 """
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from . import dual, metal
+from . import dual, metal, native
 
 Weights = tuple[mx.array, ...]
 
@@ -50,7 +51,7 @@ def ttt_linear(
         ValueError: an argument has the wrong shape or a phase or length is out of range.
     """
     _check(2, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
-    return _backend().ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend(q).ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
 def ttt_mlp(
@@ -72,11 +73,13 @@ def ttt_mlp(
     rows: k, e1, x2 and e2 side by side, [B, H, K, 10D].
     """
     _check(10, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
-    return _backend().ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend(q).ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
-def _backend():
-    return metal if metal.available() else dual
+def _backend(q: mx.array):
+    if metal.available():
+        return metal
+    return native if native.supports(q) else dual
 
 
 def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):

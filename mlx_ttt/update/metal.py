@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from ..differentiable import differentiable
 from . import dual
 
 HEAD_DIMENSIONS = (16, 32, 64, 96, 128)
@@ -87,21 +88,10 @@ def _read(model, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
         y, new_weights, new_rows = rule(*arrays[:7], arrays[7:-1], arrays[-1], phase, lengths)
         return [y, _rows_at(new_rows, phase)] if is_step else [y, *new_weights, new_rows]
 
-    y, *state = _differentiable(by_kernel, by_operations)(q, k, v, lr, t, gamma, beta, *weights, rows)
+    y, *state = differentiable(by_kernel, by_operations)(q, k, v, lr, t, gamma, beta, *weights, rows)
     if is_step:
         return y, weights, _append(rows, state[0], phase)
     return y, tuple(state[:-1]), state[-1]
-
-
-def _differentiable(by_kernel: Callable, by_operations: Callable) -> Callable:
-    """The kernel, with the gradient of the same function in MLX operations, recomputed from its inputs."""
-    function = mx.custom_function(by_kernel)
-
-    @function.vjp
-    def gradient(inputs, cotangents, outputs):
-        return mx.vjp(by_operations, inputs, cotangents)[1]
-
-    return function
 
 
 def _append(rows: mx.array, row: mx.array, phase: Sequence[int]) -> mx.array:

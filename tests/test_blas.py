@@ -17,7 +17,7 @@ def run(program: str) -> str:
 
 
 PRODUCT = "import mlx.core as mx; assert (mx.ones((3, 4)) @ mx.ones((4, 5))).sum().item() == 60"
-ADVICE = "from mlx_ttt import _openblas; print(_openblas.advice())"
+ADVICE = "from mlx_ttt import _blas; print(_blas.advice())"
 
 
 def test_it_is_loaded_before_mlx():

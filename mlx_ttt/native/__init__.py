@@ -1,0 +1,57 @@
+"""Functions in C for a Linux CPU: many tokens at once, in all threads. See `_blas.py` for how they are compiled.
+
+MLX's own CPU operations are one thread each and, in its Linux wheels, hardly vectorized. There is no way into MLX's
+graph for a function in C, so these are computed when they are called, and what they read with them. That suits a
+prompt; a token at a time goes through MLX operations, whose graph mlx-lm evaluates while the next one is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from .. import _blas
+from ..differentiable import differentiable
+
+SHORTEST = 16  # tokens worth it
+
+
+def available(tokens: int) -> bool:
+    """Whether so many tokens are to be read in C: this is a CPU, and the code is there."""
+    return tokens >= SHORTEST and _blas.native() is not None and mx.default_device() == mx.cpu
+
+
+def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequence[mx.array]:
+    """What `function` makes of the arrays' values, now; by the same in MLX operations inside transformations.
+
+    Args:
+        function: NumPy arrays, contiguous float32, -> a list of NumPy arrays.
+        operations: the same of MLX arrays; differentiated instead of it.
+    """
+
+    def by_function(*arrays):
+        outputs = function(*(np.ascontiguousarray(x.astype(mx.float32)) for x in arrays))
+        return [mx.array(y).astype(arrays[0].dtype) for y in outputs]
+
+    try:
+        mx.eval(arrays)
+    except ValueError:  # inside mx.compile or mx.vmap nothing has a value
+        return operations(*arrays)
+    return differentiable(by_function, operations)(*arrays)
+
+
+def call(name: str, *arguments) -> None:
+    """Call a function of the library: arrays by address, integers, and the number of threads as the last argument."""
+    library = _blas.native()
+    function = getattr(library, name)
+    function.restype = None
+    function(*(_argument(x) for x in arguments), ctypes.c_int(library.mlx_ttt_threads()))
+
+
+def _argument(x):
+    if isinstance(x, np.ndarray):
+        return ctypes.c_void_p(x.ctypes.data)
+    return ctypes.c_size_t(x) if isinstance(x, int) else x

@@ -1,0 +1,59 @@
+/* What the files of this folder share: vectors, activations of vectors, and work in several threads. */
+
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum { LANES = 8 };
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline vec load(const float *p) { return *(const vec *)p; }
+
+static inline void store(float *p, vec v) { *(vec *)p = v; }
+
+static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7])); }
+
+static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
+
+/* ---- Activations ------------------------------------------------------------------------------------------------ */
+
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+/* exp for x in -87 ... 87: 2^n times the Taylor polynomial of the rest, which is at most ln 2 / 2. */
+static inline vec exponential(vec x)
+{
+    ivec n = __builtin_convertvector(x * 1.44269504f + 200.5f, ivec) - 200; /* rounds: what is converted is positive */
+    vec m = __builtin_convertvector(n, vec), r = x - m * 0.693359375f + m * 2.12194440e-4f;
+    vec y = 1 + r * (1 + r * (0.5f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f + r * (1 / 720.f))))));
+    return y * (vec)((n + 127) << 23);
+}
+
+static inline vec choose(ivec mask, vec a, vec b) { return (vec)((mask & (ivec)a) | (~mask & (ivec)b)); }
+
+static inline vec sigmoid(vec x)
+{
+    const vec most = {87, 87, 87, 87, 87, 87, 87, 87};
+    x = choose(x > most, most, x);
+    x = choose(x < -most, -most, x);
+    return 1 / (1 + exponential(-x));
+}
+
+/* The tanh GELU, x sigmoid(SLOPE (x + CUBIC x^3)), and its derivative. */
+static const float SLOPE = 1.5957691216f, CUBIC = 0.044715f; /* SLOPE = 2 sqrt(2 / pi) */
+
+static inline vec gelu(vec x) { return x * sigmoid(SLOPE * x * (1 + CUBIC * x * x)); }
+
+static inline vec gelu_derivative(vec x)
+{
+    vec s = sigmoid(SLOPE * x * (1 + CUBIC * x * x));
+    return s + x * s * (1 - s) * SLOPE * (1 + 3 * CUBIC * x * x);
+}
+
+/* ---- Several threads -------------------------------------------------------------------------------------------- */
+
+/* Pieces 0 ... n - 1 of some work, in any order, each by one thread. */
+typedef void work(const void *context, int piece);
+
+/* Do all pieces in at most so many threads, this one among them. */
+void share(work *work, const void *context, int pieces, int threads);
