@@ -63,8 +63,7 @@ class TTTCache:
         """
         T = tokens[0].shape[1]
         y = self._read(rule, tokens, constants, self.lengths(T))
-        self._start = [max(start - T, 0) for start in self._start]
-        self._stop = [stop - T for stop in self._stop]
+        self._pass(T)
         return y
 
     def _read(self, rule, tokens, constants, lengths: list[int]) -> mx.array:
@@ -72,6 +71,17 @@ class TTTCache:
         y, self.weights, self.rows = rule(*tokens, *constants, self.weights, self.rows, self.phase, lengths)
         self.offset = [offset + n for offset, n in zip(self.offset, lengths, strict=True)]
         return y
+
+    def _pass(self, T: int) -> None:
+        """So many tokens are read, padding or not."""
+        self._start = [max(start - T, 0) for start in self._start]
+        self._stop = [stop - T for stop in self._stop]
+
+    def advance(self, weights: tuple[mx.array, ...], rows: mx.array) -> None:
+        """One token of each sequence has been read, by other means than `update`."""
+        self.weights, self.rows = weights, rows
+        self.offset = [offset + 1 for offset in self.offset]
+        self._pass(1)
 
     def with_history(self, name: str, x: mx.array, n: int) -> mx.array:
         """x [B, T, C] behind the n inputs before it, [B, n + T, C]; remembers the last ones for the next call."""

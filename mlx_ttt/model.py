@@ -10,6 +10,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 from .cache import RewindableTTTCache, TTTCache
 from .layers import TTT, Conv, SwiGLU
+from .one_token import TokenReader
 
 _CPU_CHUNK = 512  # tokens that go through the layers at a time on a CPU: their activations stay in its caches
 
@@ -111,9 +112,12 @@ class TTTModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._one_token = TokenReader()
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:
         T = inputs.shape[1]
+        if T == 1 and cache is not None and (x := self._one_token.read(self, inputs, cache)) is not None:
+            return x
         if cache is None or T <= _CPU_CHUNK or mx.default_device() != mx.cpu:
             return self._read(inputs, cache)
         chunks = (inputs[:, start : start + _CPU_CHUNK] for start in range(0, T, _CPU_CHUNK))

@@ -10,7 +10,8 @@ enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 }; /* BLAS's numbers */
 enum {
     FEW = 8,         /* rows */
     LARGE = 1 << 17, /* elements of a matrix that is worth several threads */
-    PIECE = 1 << 14  /* elements of it that a thread takes at a time */
+    PIECE = 1 << 14, /* elements of it that a thread takes at a time, at least, */
+    PIECES = 4       /* and into how many it is cut for each thread, at most */
 };
 
 typedef void sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
@@ -94,22 +95,31 @@ static void piece(const void *context, int i)
     along_rows(p, first, last < p->n ? last : p->n);
 }
 
+static void multiply(struct product p, int threads)
+{
+    const size_t size = (size_t)p.n * p.k / (PIECES * (threads > 0 ? threads : 1));
+    p.width = ((size > PIECE ? size : PIECE) / p.k + 4) / 4 * 4;
+    if (!p.transposed)
+        along_columns(&p, 0, p.n);
+    else if ((size_t)p.n * p.k < LARGE)
+        along_rows(&p, 0, p.n);
+    else
+        share(piece, &p, (p.n + p.width - 1) / p.width, threads);
+}
+
+void multiply_few(size_t m, size_t n, size_t k, const float *x, const float *w, float *y, int threads)
+{
+    multiply((struct product){x, w, y, 1, 0, k, k, n, m, n, k, 1, 0}, threads);
+}
+
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b,
                  int ldb, float beta, float *c, int ldc)
 {
     const int few = m > 0 && m <= FEW && k > 0;
-    if (order != ROW_MAJOR || ta != NO_TRANS || (tb != NO_TRANS && tb != TRANS) || !few) {
-        openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-        return;
-    }
-    const int width = (PIECE / k + 4) / 4 * 4;
-    const struct product p = {a, b, c, alpha, beta, lda, ldb, ldc, m, n, k, tb == TRANS, width};
-    if (!p.transposed)
-        along_columns(&p, 0, n);
-    else if ((size_t)n * k < LARGE)
-        along_rows(&p, 0, n);
+    if (order == ROW_MAJOR && ta == NO_TRANS && (tb == NO_TRANS || tb == TRANS) && few)
+        multiply((struct product){a, b, c, alpha, beta, lda, ldb, ldc, m, n, k, tb == TRANS, 0}, num_threads());
     else
-        share(piece, &p, (n + width - 1) / width, num_threads());
+        openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 
 /* Before the first product: OpenBLAS's cblas_sgemm and openblas_get_num_threads. */

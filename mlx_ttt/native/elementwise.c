@@ -11,22 +11,23 @@ struct activation {
     int gelu;
 };
 
+static inline vec activated(const struct activation *a, vec x)
+{
+    vec y = x * sigmoid(x);
+    if (a->gelu)
+        y = gelu(x);
+    return y;
+}
+
 static void activate(const void *context, int piece)
 {
     const struct activation *a = context;
-    const size_t first = (size_t)piece * BLOCK, last = smaller(first + BLOCK, a->size);
-    for (size_t i = first; i < last; i += LANES) {
-        const size_t n = smaller(last - i, LANES);
-        float x[LANES] = {0}, factor[LANES] = {0};
-        __builtin_memcpy(x, a->x + i, n * sizeof *x);
-        __builtin_memcpy(factor, a->factor + i, n * sizeof *x);
-        vec z = load(x);
-        vec y = z * sigmoid(z);
-        if (a->gelu)
-            y = gelu(z);
-        store(x, load(factor) * y);
-        __builtin_memcpy(a->y + i, x, n * sizeof *x);
-    }
+    const size_t last = smaller((size_t)(piece + 1) * BLOCK, a->size);
+    size_t i = (size_t)piece * BLOCK;
+    for (; i + LANES <= last; i += LANES)
+        store(a->y + i, load(a->factor + i) * activated(a, load(a->x + i)));
+    for (; i < last; i++)
+        a->y[i] = a->factor[i] * activated(a, (vec){a->x[i]})[0];
 }
 
 /* y = factor gelu(x), or factor silu(x). */

@@ -16,6 +16,26 @@ static inline float sum(vec v) { return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2]
 
 static inline size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
+/* ---- Norms ------------------------------------------------------------------------------------------------------ */
+
+/* Subtracts the mean of z [n], n a multiple of 8, and divides by the standard deviation; returns 1 / that. */
+static inline float normalize(size_t n, float *z, float eps)
+{
+    vec s = {0}, squares = {0};
+    for (size_t i = 0; i < n; i += LANES)
+        s += load(z + i);
+    const float mean = sum(s) / n;
+    for (size_t i = 0; i < n; i += LANES) {
+        vec centred = load(z + i) - mean;
+        squares += centred * centred;
+        store(z + i, centred);
+    }
+    const float inv_std = 1 / __builtin_sqrtf(sum(squares) / n + eps);
+    for (size_t i = 0; i < n; i += LANES)
+        store(z + i, load(z + i) * inv_std);
+    return inv_std;
+}
+
 /* ---- Activations ------------------------------------------------------------------------------------------------ */
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -57,3 +77,6 @@ typedef void work(const void *context, int piece);
 
 /* Do all pieces in at most so many threads, this one among them. */
 void share(work *work, const void *context, int pieces, int threads);
+
+/* y [m, n] = x [m, k] w [n, k]^T for a few rows. */
+void multiply_few(size_t m, size_t n, size_t k, const float *x, const float *w, float *y, int threads);

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "native.h"
+#include "update.h"
 
 static const float EPS = 1e-6f;
 enum { PANEL = 2 * LANES };
@@ -112,28 +112,10 @@ static void learned(size_t n, size_t p, size_t D, size_t F, const float *t, cons
 
 /* ---- The inner LayerNorm and its gradient, the GELU --------------------------------------------------------------- */
 
-/* Normalizes z [D] in place; returns 1 / sqrt(var z + eps). */
-static float normalize(size_t D, float *z)
-{
-    vec s = {0}, squares = {0};
-    for (size_t i = 0; i < D; i += LANES)
-        s += load(z + i);
-    const float mean = sum(s) / D;
-    for (size_t i = 0; i < D; i += LANES) {
-        vec centred = load(z + i) - mean;
-        squares += centred * centred;
-        store(z + i, centred);
-    }
-    const float inv_std = 1 / __builtin_sqrtf(sum(squares) / D + EPS);
-    for (size_t i = 0; i < D; i += LANES)
-        store(z + i, load(z + i) * inv_std);
-    return inv_std;
-}
-
 /* e [D] = lr times the gradient of ||LN(z) - (v - k)||^2 / 2 with respect to z, in the place of z. */
 static void error(size_t D, float lr, const float *gamma, const float *beta, const float *k, const float *v, float *z)
 {
-    const float inv_std = normalize(D, z);
+    const float inv_std = normalize(D, z, EPS);
     float u[D];
     vec s = {0}, products = {0};
     for (size_t i = 0; i < D; i += LANES) {
@@ -160,25 +142,13 @@ static void activate(size_t n, float *x, float *derivative)
 
 /* ---- One head ---------------------------------------------------------------------------------------------------- */
 
-struct call {
-    int mlp, T, H, D, K;
-    const float *q, *k, *v; /* [B, T, H, D] */
-    const float *lr;        /* [B, T, H] */
-    const float *t;         /* [K] */
-    const float *gamma, *beta;
-    const int32_t *phase, *length; /* [B] */
-    float *y;                      /* [B, T, H, D] */
-    float *W1, *b1, *W2, *b2;      /* [B, H, ., .], read and written */
-    float *rows;                   /* [B, H, K, 2 D], for TTT-MLP [B, H, K, 10 D]; read and written */
-};
-
 /* One sequence's view of the inner model, and of the open mini-batch's rows in parts: k, e1 [, x2, e2], [K, .] each. */
 struct head {
     size_t D, F, K;
     const float *t, *gamma, *beta;
     float *W1, *b1, *W2, *b2;
     float *k, *e1, *x2, *e2;
-    float *W2_transposed;
+    float *W2_transposed; /* or NULL */
     float *q, *z1, *z, *derivative; /* room for the tokens at hand */
 };
 
@@ -203,8 +173,12 @@ static void read_mlp(struct head *h, size_t p, size_t n, const float *v, size_t 
     forward(n, D, F, x2, h->W2, h->b2, e2);
     for (size_t i = 0; i < n; i++)
         error(D, lr[i * ldlr], h->gamma, h->beta, h->k + (p + i) * D, v + i * ldv, e2 + i * D);
-    memset(e1, 0, n * F * sizeof *e1);
-    multiply(n, F, D, 1, e2, D, 1, h->W2_transposed, F, e1, F);
+    if (h->W2_transposed) {
+        memset(e1, 0, n * F * sizeof *e1);
+        multiply(n, F, D, 1, e2, D, 1, h->W2_transposed, F, e1, F);
+    } else
+        for (size_t i = 0; i < n * F; i++)
+            e1[i] = dot(D, e2 + i / F * D, h->W2 + i % F * D);
     for (size_t i = 0; i < n * F; i++)
         e1[i] *= h->derivative[i];
     forward(n, F, D, h->q, h->W1, h->b1, h->z1);
@@ -214,16 +188,20 @@ static void read_mlp(struct head *h, size_t p, size_t n, const float *v, size_t 
     learned(n, p, F, D, h->t, h->z1, h->x2, h->e2, h->z);
 }
 
-/* Rows [K, R] to their parts, or back. */
-static void unpack(const struct call *c, struct head *h, float *rows, int back)
+enum direction { UNPACK, PACK };
+
+/* Slots first ... last - 1 of the mini-batch, packed in `rows` [last - first, R], to their parts, or back. */
+static void transfer(const struct head *h, enum direction direction, float *rows, size_t first, size_t last)
 {
     float *parts[] = {h->k, h->e1, h->x2, h->e2};
-    const size_t widths[] = {h->D, h->F, h->F, h->D};
-    for (size_t j = 0; j < h->K; j++)
-        for (int part = 0; part < (c->mlp ? 4 : 2); part++) {
-            float *at = parts[part] + j * widths[part];
-            memcpy(back ? rows : at, back ? at : rows, widths[part] * sizeof *rows);
-            rows += widths[part];
+    const size_t widths[] = {h->D, h->F, h->F, h->D}, n = h->W2 ? 4 : 2;
+    for (size_t j = first; j < last; j++)
+        for (size_t i = 0; i < n; rows += widths[i++]) {
+            float *part = parts[i] + j * widths[i];
+            if (direction == UNPACK)
+                memcpy(part, rows, widths[i] * sizeof *rows);
+            else
+                memcpy(rows, part, widths[i] * sizeof *rows);
         }
 }
 
@@ -240,18 +218,21 @@ static void one_head(const void *context, int piece)
         h.W2 = c->W2 + i * F * D, h.b2 = c->b2 + i * D;
 
     const size_t tokens = K * (4 * D + 4 * F);
-    float *room = calloc(tokens + (c->mlp ? D * F : 0), sizeof *room);
+    float *rows = c->rows + i * K * R, *room = malloc((tokens + D * F) * sizeof *room);
     if (!room)
         abort();
     h.k = room, h.q = h.k + K * D, h.z = h.q + K * D, h.e2 = h.z + K * D;
     h.e1 = h.e2 + K * D, h.x2 = h.e1 + K * F, h.z1 = h.x2 + K * F, h.derivative = h.z1 + K * F;
-    h.W2_transposed = room + tokens;
-    unpack(c, &h, c->rows + i * K * R, 0);
-    for (size_t d = 0; d < D && c->mlp; d++)
-        for (size_t f = 0; f < F; f++)
-            h.W2_transposed[d * F + f] = h.W2[f * D + d];
+    if (c->mlp && (size_t)c->length[b] >= K) { /* else it is not worth it */
+        h.W2_transposed = room + tokens;
+        for (size_t d = 0; d < D; d++)
+            for (size_t f = 0; f < F; f++)
+                h.W2_transposed[d * F + f] = h.W2[f * D + d];
+    }
 
-    size_t p = c->phase[b];
+    const size_t start = c->phase[b];
+    size_t p = start, committed = 0;
+    transfer(&h, UNPACK, rows, 0, start);
     for (size_t at = 0, left = c->length[b], n; left; at += n, left -= n) {
         n = smaller(left, K - p);
         const size_t token = (first + at * H) * D;
@@ -261,24 +242,27 @@ static void one_head(const void *context, int piece)
         }
         (c->mlp ? read_mlp : read_linear)(&h, p, n, c->v + token, stride, c->lr + first + at * H, H);
         for (size_t j = 0; j < n; j++) {
-            normalize(D, h.z + j * D);
+            normalize(D, h.z + j * D, EPS);
             for (size_t d = 0; d < D; d++)
                 c->y[token + j * stride + d] = h.q[j * D + d] + h.gamma[d] * h.z[j * D + d] + h.beta[d];
         }
         p += n;
         if (p == K) {
             commit(K, F, D, c->t[K - 1], h.k, h.e1, h.W1, h.b1);
-            if (c->mlp) {
+            if (c->mlp)
                 commit(K, D, F, c->t[K - 1], h.x2, h.e2, h.W2, h.b2);
+            if (h.W2_transposed)
                 multiply(D, F, K, -c->t[K - 1], h.e2, 1, D, h.x2, F, h.W2_transposed, F);
-            }
-            memset(room, 0, tokens * sizeof *room);
+            committed = 1;
             p = 0;
         }
     }
-    unpack(c, &h, c->rows + i * K * R, 1);
+    if (committed) {
+        transfer(&h, PACK, rows, 0, p);
+        memset(rows + p * R, 0, (K - p) * R * sizeof *rows);
+    } else
+        transfer(&h, PACK, c->row ? c->row + i * R : rows + start * R, start, p);
     free(room);
 }
 
-/* Reads T tokens of B sequences, of each so many as `length` says; what comes after them in y is left as it is. */
 void mlx_ttt_update(const struct call *call, size_t B, int threads) { share(one_head, call, B * call->H, threads); }

@@ -183,6 +183,23 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
     return y.swapaxes(1, 2).astype(dtype), weights, rows
 
 
+def append_row(rows: mx.array, row: mx.array, phase: Sequence[int]) -> mx.array:
+    """Rows [B, H, K, R] with `row` [B, H, 1, R] at each sequence's phase.
+
+    MLX does it in place if nobody else holds the rows when it comes to it. The kernel that read them does until it has
+    run, so it is well that evaluating y leaves this for the next token.
+    """
+    if len(set(phase)) > 1:
+        return mx.put_along_axis(rows, row_index(row, phase), row, axis=2)
+    rows = rows[...]  # an array of our own, to assign to
+    rows[:, :, phase[0] : phase[0] + 1] = row
+    return rows
+
+
+def row_index(row: mx.array, phase: Sequence[int]) -> mx.array:
+    return mx.broadcast_to(mx.array(phase)[:, None, None, None], row.shape)
+
+
 @functools.cache
 def _triangle(K: int) -> mx.array:
     """1 where j <= i, else 0, [K, K]."""

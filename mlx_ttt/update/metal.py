@@ -90,30 +90,13 @@ def _read(model, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
 
     y, *state = differentiable(by_kernel, by_operations)(q, k, v, lr, t, gamma, beta, *weights, rows)
     if is_step:
-        return y, weights, _append(rows, state[0], phase)
+        return y, weights, dual.append_row(rows, state[0], phase)
     return y, tuple(state[:-1]), state[-1]
-
-
-def _append(rows: mx.array, row: mx.array, phase: Sequence[int]) -> mx.array:
-    """Rows [B, H, K, R] with `row` [B, H, 1, R] at each sequence's phase.
-
-    MLX does it in place if nobody else holds the rows when it comes to it. The kernel that read them does until it has
-    run, so it is well that evaluating y leaves this for the next token.
-    """
-    if len(set(phase)) > 1:
-        return mx.put_along_axis(rows, _index(row, phase), row, axis=2)
-    rows = rows[...]  # an array of our own, to assign to
-    rows[:, :, phase[0] : phase[0] + 1] = row
-    return rows
 
 
 def _rows_at(rows: mx.array, phase: Sequence[int]) -> mx.array:
     """[B, H, 1, R]"""
-    return mx.take_along_axis(rows, _index(rows[:, :, :1], phase), axis=2)
-
-
-def _index(row: mx.array, phase: Sequence[int]) -> mx.array:
-    return mx.broadcast_to(mx.array(phase)[:, None, None, None], row.shape)
+    return mx.take_along_axis(rows, dual.row_index(rows[:, :, :1], phase), axis=2)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,192 @@
+"""One token through the network on a Linux CPU, in C: the blocks of layers.py without a graph.
+
+A decoded token takes MLX some 250 operations a layer, of 10 us each whatever they do: more time than reading all
+weights takes. Float32 models with their own layers are read here; quantized and adapted ones, and texts with padding,
+go through MLX operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from . import native
+from .cache import TTTCache
+from .native import LANES, values
+from .update.dual import append_row
+
+MOST = 8  # sequences: FEW of blas.c
+
+
+class _Unsupported(Exception):
+    """The model has a layer, a size or a dtype that this is not made for."""
+
+
+class TokenReader:
+    """Reads one token of each sequence, with views of a model's parameters, made again where those have changed."""
+
+    def __init__(self):
+        self._parts = _Parts()
+        self._blocks: ctypes.Array[_Block] | None = None
+
+    def read(self, model, ids: mx.array, cache: Sequence[TTTCache]) -> mx.array | None:
+        """What a TTTModel does with token ids [B, 1] after those that the caches have read: hidden states [B, 1, C].
+
+        None if it must do it itself.
+        """
+        B = ids.shape[0]
+        if B > MOST or not native.available(native.SHORTEST):
+            return None
+        if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
+            return None
+        try:
+            mx.eval(ids, [c.state for c in cache])
+        except ValueError:  # inside mx.compile or mx.vmap nothing has a value
+            return None
+        if not self._parts.same():
+            self._look(model)
+        if self._blocks is None:
+            return None
+        x = self._embedding[np.array(ids[:, 0])]
+        steps = [_Step(c) for c in cache]
+        states = (_State * len(steps))(*(step.pointers for step in steps))
+        native.call("mlx_ttt_token", self._blocks, states, len(steps), x, B)
+        for step in steps:
+            step.finish()
+        return mx.fast.rms_norm(mx.array(x[:, None]), model.norm.weight, model.norm.eps)
+
+    def _look(self, model) -> None:
+        self._parts, self._blocks = _Parts(), None
+        try:
+            self._embedding = self._parts.weight(model, "embed_tokens", nn.Embedding)
+            self._parts.weight(model, "norm", nn.RMSNorm)
+            blocks = self._parts.child(model, "layers", list)
+            blocks = [_block(self._parts, self._parts.child(blocks, i)) for i in range(len(blocks))]
+            self._blocks = (_Block * len(blocks))(*blocks)
+        except _Unsupported:
+            pass
+
+
+class _Parts:
+    """Modules and parameters by where they are; each can be replaced at any time, by training, say, or for LoRA."""
+
+    def __init__(self):
+        self._seen: list[tuple] = []
+        self._views: list[dict[str, np.ndarray]] = []
+
+    def keep(self, views: dict[str, np.ndarray]) -> None:
+        """Views that must live as long as pointers into them."""
+        self._views.append(views)
+
+    def same(self) -> bool:
+        """Whether all are still there. Not before there are any."""
+        return bool(self._seen) and all(container[key] is part for container, key, part in self._seen)
+
+    def child(self, container, key, kind: type | None = None):
+        """container[key], which must be of this kind, if one is named."""
+        part = container[key]
+        self._seen.append((container, key, part))
+        if kind is not None and type(part) is not kind:
+            raise _Unsupported
+        return part
+
+    def parameter(self, container, key) -> np.ndarray:
+        array = self.child(container, key)
+        if array.dtype != mx.float32:
+            raise _Unsupported
+        return values(array)
+
+    def weight(self, container, key, kind: type = nn.Linear) -> np.ndarray:
+        """The weight of a child that has nothing else."""
+        module = self.child(container, key, kind)
+        if "bias" in module:
+            raise _Unsupported
+        return self.parameter(module, "weight")
+
+
+_POINTERS = (
+    "conv_norm conv conv_bias seq_norm q k v o g conv_q conv_q_bias conv_k conv_k_bias lr_weight lr_bias t gamma beta"
+    " cos sin post_norm post_norm_bias ffn_norm gate up down"
+).split()
+
+
+class _Block(ctypes.Structure):
+    """struct block of token.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("C", "H", "D", "K", "intermediate", "kernel", "mlp")),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_float) for name in ("rms_norm_eps", "post_norm_eps", "base_lr")),
+    ]
+
+
+class _State(ctypes.Structure):
+    """struct state of token.c."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("phase", "conv", "conv_qk", "W1", "b1", "W2", "b2", "rows", "row")]
+
+
+def _block(parts: _Parts, block) -> _Block:
+    """Where the parameters of a block are."""
+    ttt, mlp = parts.child(block, "seq_modeling_block"), parts.child(block, "mlp")
+    views = {name: parts.weight(ttt, f"{name}_proj") for name in "qkvog" if f"{name}_proj" in ttt}
+    views |= {name: parts.weight(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
+    views |= {name: parts.weight(block, name, nn.RMSNorm) for name in ("seq_norm", "ffn_norm")}
+    convolutions = {name: (ttt, name) for name in ("conv_q", "conv_k") if name in ttt}
+    if "conv" in block:
+        before = parts.child(block, "conv")
+        views["conv_norm"] = parts.weight(before, "norm", nn.RMSNorm)
+        convolutions["conv"] = before, "conv"
+    for name, (container, key) in convolutions.items():
+        conv = parts.child(container, key)
+        views[name] = np.ascontiguousarray(parts.parameter(conv, "weight")[..., 0].T)  # [kernel, C]
+        views[f"{name}_bias"] = parts.parameter(conv, "bias")
+    norm = parts.child(ttt, "post_norm", nn.LayerNorm)
+    views |= {"post_norm": parts.parameter(norm, "weight"), "post_norm_bias": parts.parameter(norm, "bias")}
+    views |= {"gamma": parts.parameter(ttt, "ttt_norm_weight"), "beta": parts.parameter(ttt, "ttt_norm_bias")}
+    views |= {f"lr_{name}": parts.parameter(ttt, f"learnable_ttt_lr_{name}") for name in ("weight", "bias")}
+    parts.parameter(ttt, "learnable_token_idx")
+    views |= {"t": values(ttt.token_factors()), "cos": values(ttt.rope.cos), "sin": values(ttt.rope.sin)}
+
+    (F, C), H, D, K = views["gate"].shape, ttt.num_heads, ttt.head_dim, ttt.mini_batch_size
+    if D % LANES or F % LANES:
+        raise _Unsupported
+    pointers = {name: view.ctypes.data for name, view in views.items()}
+    parts.keep(views)
+    epsilons = {"rms_norm_eps": block.seq_norm.eps, "post_norm_eps": norm.eps}
+    return _Block(C, H, D, K, F, ttt.kernel_size, "W2" in ttt, base_lr=ttt.base_lr, **pointers, **epsilons)
+
+
+class _Step:
+    """One layer's state, before and after one token."""
+
+    def __init__(self, cache: TTTCache):
+        self._cache, self._phase = cache, cache.phase
+        state = [values(array) for array in (*cache.weights, cache.rows)]
+        self._completes = any(phase + 1 == cache.mini_batch_size for phase in self._phase)
+        if self._completes:
+            state = [array.copy() for array in state]
+        *self._weights, self._rows = state
+        B, H, _, R = self._rows.shape
+        self._row = np.empty((B, H, 1, R), np.float32)
+        self._history = {name: values(array).copy() for name, array in cache.history.items()}
+        self._arrays = {"phase": np.array(self._phase, np.int32), "rows": self._rows, **self._history}
+        self._arrays |= zip(("W1", "b1", "W2", "b2"), self._weights, strict=False)
+        self._arrays |= {} if self._completes else {"row": self._row}
+
+    @property
+    def pointers(self) -> _State:
+        return _State(**{name: array.ctypes.data for name, array in self._arrays.items()})
+
+    def finish(self) -> None:
+        """Take over what has been written."""
+        cache = self._cache
+        cache.history = {name: mx.array(array) for name, array in self._history.items()}
+        if self._completes:
+            cache.advance(tuple(map(mx.array, self._weights)), mx.array(self._rows))
+        else:
+            cache.advance(cache.weights, append_row(cache.rows, mx.array(self._row), self._phase))
