@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
@@ -11,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx_ttt  # noqa: F401  before MLX: OpenBLAS
+from mlx_ttt import _blas  # before MLX: OpenBLAS
 
 import mlx.core as mx  # isort: skip
 
@@ -25,7 +24,7 @@ def describe(threads: int) -> dict:
         "cores": cores(),
         "threads": threads,
         "memory_bytes": _total_memory(),
-        "blas": _blas(),
+        "blas": _products(),
         "compiler": _compiler(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm", "numpy")},
@@ -63,15 +62,10 @@ def _device() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _blas() -> str:
+def _products() -> str:
     if sys.platform == "darwin":
         return "Accelerate"
-    try:
-        get_config = ctypes.CDLL(None).openblas_get_config
-    except AttributeError:
-        return "MLX's own reference BLAS (no OpenBLAS found)"
-    get_config.restype = ctypes.c_char_p
-    return get_config().decode().strip()
+    return _blas.description()
 
 
 def _compiler() -> str:

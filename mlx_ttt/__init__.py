@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 
-from . import _mlx_lm, _blas
+from . import _blas, _mlx_lm
 
 __version__ = "0.1.0"
 

@@ -1,7 +1,8 @@
 """On Linux, MLX's wheel carries a reference BLAS; OpenBLAS, where installed, is some 30 times faster.
 
-Loaded with RTLD_GLOBAL before MLX, its symbols are the ones that MLX finds. Where there is a C compiler, too, `blas.c`
-goes in front of it: decoding a token then takes half as long. It is compiled once, in a third of a second.
+Loaded with RTLD_GLOBAL before MLX, its symbols are the ones that MLX finds. Where there is a C compiler, too, the
+functions in `native/` are compiled, once, in a second: some go in front of OpenBLAS's, others beside MLX's operations
+(see native/__init__.py). MLX's own `mx.compile` does the same on Linux, with a C++ compiler.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ SLOW = (
     "matrix products run on MLX's slow built-in BLAS: install OpenBLAS (Debian, Ubuntu: apt install libopenblas0)"
     " and import mlx_ttt before mlx"
 )
-COPIES = "tokens are decoded by OpenBLAS alone: with a C compiler (Debian, Ubuntu: apt install gcc) twice as fast"
+NOT_COMPILED = "with a C compiler (Debian, Ubuntu: apt install gcc) this would be two to three times as fast"
 _FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", "-pthread")
 
 _openblas: ctypes.CDLL | None = None
-_front: ctypes.CDLL | None = None
+_native: ctypes.CDLL | None = None
+_refusal: str | None = None  # why there is no native code
 
 
 def load() -> None:
-    """Load OpenBLAS, and blas.c in front of it, if this is Linux, they are there, and MLX has not been imported yet."""
-    global _openblas, _front
+    """Load OpenBLAS, and native/ with it, if this is Linux, they are there, and MLX has not been imported yet."""
+    global _openblas, _native, _refusal
     if sys.platform != "linux" or "mlx.core" in sys.modules:
         return
     for name in ("libopenblas.so.0", "libopenblasp.so.0"):
@@ -38,23 +40,28 @@ def load() -> None:
             break
     else:
         return
-    if os.environ.get("MLX_TTT_KERNELS") != "0":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            _front = ctypes.CDLL(str(_compiled()), ctypes.RTLD_GLOBAL)  # the first one that MLX finds
-            theirs = (_openblas.cblas_sgemm, _openblas.openblas_get_num_threads)
-            _front.mlx_ttt_start(*(ctypes.cast(function, ctypes.c_void_p) for function in theirs))
+    try:
+        _native = ctypes.CDLL(str(_compiled()), ctypes.RTLD_GLOBAL)  # before OpenBLAS: the first that MLX finds
+    except (OSError, subprocess.SubprocessError) as error:
+        _refusal = str(error)
+    else:
+        theirs = (_openblas.cblas_sgemm, _openblas.openblas_get_num_threads)
+        _native.mlx_ttt_start(*(ctypes.cast(function, ctypes.c_void_p) for function in theirs))
     ctypes.CDLL(name, ctypes.RTLD_GLOBAL)
 
 
 def _compiled() -> Path:
-    """blas.c as a library for this processor, compiled unless it has been before.
+    """native/ as a library for this processor, compiled unless it has been before.
 
     Raises:
         OSError, subprocess.SubprocessError: there is no compiler, it fails, or there is no place for what it makes.
     """
+    if os.environ.get("MLX_TTT_KERNELS") == "0":
+        raise FileNotFoundError("MLX_TTT_KERNELS=0")
     sources = sorted(Path(__file__).with_name("native").glob("*.[ch]"))
-    processor = next((line for line in Path("/proc/cpuinfo").open() if line.startswith(("flags", "Features"))), "")
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sources) + " ".join([*_FLAGS, processor]).encode()).hexdigest()
+    processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Feat"))]
+    recipe = " ".join([*_FLAGS, *processor[:1]]).encode()
+    digest = hashlib.sha256(recipe + b"".join(file.read_bytes() for file in sources)).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mlx_ttt")
     library = folder / f"native-{digest[:16]}.so"
     if not library.exists():
@@ -71,23 +78,21 @@ def _compiled() -> Path:
 
 
 def native() -> ctypes.CDLL | None:
-    """The C code of native/; None where it is not loaded."""
-    return _front
+    """The functions in native/; None where they are not loaded."""
+    return _native
 
 
 def description() -> str:
     """What multiplies float32 matrices on this Linux machine."""
     if _openblas is None:
-        return "MLX's own reference BLAS"
+        return "MLX's own reference BLAS (no OpenBLAS found)"
     _openblas.openblas_get_config.restype = ctypes.c_char_p
-    name = " ".join(_openblas.openblas_get_config().decode().split()[:2])
-    return f"{name}, few rows by blas.c" if _front else name
+    name = _openblas.openblas_get_config().decode().strip()
+    return f"{name}; {'C code of mlx_ttt compiled' if _native else f'no C code of mlx_ttt ({_refusal})'}"
 
 
 def advice() -> str | None:
-    """How to make matrix products faster here; None when they are fast."""
-    if sys.platform != "linux":
+    """How to make this Linux machine faster; None when there is nothing to be done."""
+    if sys.platform != "linux" or _native:
         return None
-    if _openblas is None:
-        return SLOW
-    return None if _front else COPIES
+    return SLOW if _openblas is None else f"{NOT_COMPILED} ({_refusal})"

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 from mlx.utils import tree_map, tree_reduce
 
+_DEFERRED = ("weights", "rows", "history")
+
 UpdateRule = Callable[..., tuple[mx.array, tuple[mx.array, ...], mx.array]]  # see update/__init__.py
 
 
@@ -26,6 +28,8 @@ class TTTCache:
     leave by mlx-lm's batch protocol: `merge`, `extend`, `filter`, `extract`. `prepare` announces padding, which changes
     nothing in the state.
     """
+
+    _make: Callable[[], dict] | None = None
 
     def __init__(self, weights: tuple[mx.array, ...], rows: mx.array):
         self.offset = [0] * rows.shape[0]
@@ -77,11 +81,27 @@ class TTTCache:
         self._start = [max(start - T, 0) for start in self._start]
         self._stop = [stop - T for stop in self._stop]
 
-    def advance(self, weights: tuple[mx.array, ...], rows: mx.array) -> None:
+    def advance(self) -> None:
         """One token of each sequence has been read, by other means than `update`."""
-        self.weights, self.rows = weights, rows
         self.offset = [offset + 1 for offset in self.offset]
         self._pass(1)
+
+    def defer(self, make: Callable[[], dict]) -> None:
+        """Let the weights, rows and history be what `make` returns by these names, when they are next asked for."""
+        for name in _DEFERRED:
+            vars(self).pop(name, None)
+        self._make = make
+
+    def defers(self, make: Callable[[], dict]) -> bool:
+        """Whether they still are."""
+        return self._make == make
+
+    def __getattr__(self, name: str):
+        if name not in _DEFERRED or (make := vars(self).get("_make")) is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self._make = None
+        vars(self).update(make())
+        return vars(self)[name]
 
     def with_history(self, name: str, x: mx.array, n: int) -> mx.array:
         """x [B, T, C] behind the n inputs before it, [B, n + T, C]; remembers the last ones for the next call."""
@@ -224,8 +244,12 @@ class TTTCache:
 
     def copy(self) -> TTTCache:
         """The same state, to be continued on its own. Costs nothing: arrays are shared until written."""
-        other = copy.copy(self)
-        other.history = dict(self.history)  # the one attribute that is changed rather than replaced
+        return copy.copy(self)
+
+    def __copy__(self) -> TTTCache:
+        history = dict(self.history)  # the one attribute that is changed rather than replaced
+        other = type(self).__new__(type(self))
+        vars(other).update(vars(self), history=history)
         return other
 
     def is_trimmable(self) -> bool:

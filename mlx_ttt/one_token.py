@@ -8,6 +8,7 @@ go through MLX operations.
 from __future__ import annotations
 
 import ctypes
+import weakref
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -17,7 +18,6 @@ import numpy as np
 from . import native
 from .cache import TTTCache
 from .native import LANES, values
-from .update.dual import append_row
 
 MOST = 8  # sequences: FEW of blas.c
 
@@ -32,6 +32,7 @@ class TokenReader:
     def __init__(self):
         self._parts = _Parts()
         self._blocks: ctypes.Array[_Block] | None = None
+        self._texts: list[weakref.ref[_Text]] = []
 
     def read(self, model, ids: mx.array, cache: Sequence[TTTCache]) -> mx.array | None:
         """What a TTTModel does with token ids [B, 1] after those that the caches have read: hidden states [B, 1, C].
@@ -44,20 +45,33 @@ class TokenReader:
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
         try:
-            mx.eval(ids, [c.state for c in cache])
+            mx.eval(ids)
+            if (texts := self._going_on(cache)) is None:
+                mx.eval([c.state for c in cache])
         except ValueError:  # inside mx.compile or mx.vmap nothing has a value
             return None
         if not self._parts.same():
             self._look(model)
         if self._blocks is None:
             return None
+        if texts is None:
+            texts = [_Text(c) for c in cache]
+            self._texts = list(map(weakref.ref, texts))  # they belong to the caches
+        for text in texts:
+            text.prepare()
         x = self._embedding[np.array(ids[:, 0])]
-        steps = [_Step(c) for c in cache]
-        states = (_State * len(steps))(*(step.pointers for step in steps))
-        native.call("mlx_ttt_token", self._blocks, states, len(steps), x, B)
-        for step in steps:
-            step.finish()
+        states = (_State * len(texts))(*(text.pointers for text in texts))
+        native.call("mlx_ttt_token", self._blocks, states, len(states), x, B)
+        for text, c in zip(texts, cache, strict=True):
+            text.advance()
+            c.advance()
         return mx.fast.rms_norm(mx.array(x[:, None]), model.norm.weight, model.norm.eps)
+
+    def _going_on(self, cache: Sequence[TTTCache]) -> list[_Text] | None:
+        """The states of these caches if they are as the last token left them."""
+        texts = [text() for text in self._texts]
+        same = len(texts) == len(cache) and all(t and c.defers(t.state) for t, c in zip(texts, cache, strict=True))
+        return texts if same else None
 
     def _look(self, model) -> None:
         self._parts, self._blocks = _Parts(), None
@@ -109,9 +123,11 @@ class _Parts:
 
 
 _POINTERS = (
-    "conv_norm conv conv_bias seq_norm q k v o g conv_q conv_q_bias conv_k conv_k_bias lr_weight lr_bias t gamma beta"
-    " cos sin post_norm post_norm_bias ffn_norm gate up down"
-).split()
+    *("conv_norm", "conv", "conv_bias", "seq_norm", "q", "k", "v", "o", "g"),
+    *("conv_q", "conv_q_bias", "conv_k", "conv_k_bias"),
+    *("lr_weight", "lr_bias", "t", "gamma", "beta", "cos", "sin", "post_norm", "post_norm_bias"),
+    *("ffn_norm", "gate", "up", "down"),
+)
 
 
 class _Block(ctypes.Structure):
@@ -127,7 +143,7 @@ class _Block(ctypes.Structure):
 class _State(ctypes.Structure):
     """struct state of token.c."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("phase", "conv", "conv_qk", "W1", "b1", "W2", "b2", "rows", "row")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("phase", "conv", "conv_qk", "W1", "b1", "W2", "b2", "rows")]
 
 
 def _block(parts: _Parts, block) -> _Block:
@@ -161,32 +177,36 @@ def _block(parts: _Parts, block) -> _Block:
     return _Block(C, H, D, K, F, ttt.kernel_size, "W2" in ttt, base_lr=ttt.base_lr, **pointers, **epsilons)
 
 
-class _Step:
-    """One layer's state, before and after one token."""
+class _Text:
+    """One layer's state while tokens are read, in NumPy arrays: the cache gets it back when somebody asks for it."""
 
     def __init__(self, cache: TTTCache):
-        self._cache, self._phase = cache, cache.phase
-        state = [values(array) for array in (*cache.weights, cache.rows)]
-        self._completes = any(phase + 1 == cache.mini_batch_size for phase in self._phase)
-        if self._completes:
-            state = [array.copy() for array in state]
-        *self._weights, self._rows = state
-        B, H, _, R = self._rows.shape
-        self._row = np.empty((B, H, 1, R), np.float32)
+        self._mini_batch_size = cache.mini_batch_size
+        self._kept = cache.weights  # until a mini-batch is complete
+        self._weights = [values(array) for array in self._kept]
+        self._rows = values(cache.rows).copy()
         self._history = {name: values(array).copy() for name, array in cache.history.items()}
-        self._arrays = {"phase": np.array(self._phase, np.int32), "rows": self._rows, **self._history}
-        self._arrays |= zip(("W1", "b1", "W2", "b2"), self._weights, strict=False)
-        self._arrays |= {} if self._completes else {"row": self._row}
+        self._phase = np.array(cache.phase, np.int32)
+        cache.defer(self.state)
+        self.pointers = self._point()
 
-    @property
-    def pointers(self) -> _State:
-        return _State(**{name: array.ctypes.data for name, array in self._arrays.items()})
+    def _point(self) -> _State:
+        arrays = {"phase": self._phase, "rows": self._rows, **self._history}
+        arrays |= zip(("W1", "b1", "W2", "b2"), self._weights, strict=False)
+        return _State(**{name: array.ctypes.data for name, array in arrays.items()})
 
-    def finish(self) -> None:
-        """Take over what has been written."""
-        cache = self._cache
-        cache.history = {name: mx.array(array) for name, array in self._history.items()}
-        if self._completes:
-            cache.advance(tuple(map(mx.array, self._weights)), mx.array(self._rows))
-        else:
-            cache.advance(cache.weights, append_row(cache.rows, mx.array(self._row), self._phase))
+    def prepare(self) -> None:
+        """Before a token: weights that it will change must be our own."""
+        if self._kept is not None and (self._phase + 1 == self._mini_batch_size).any():
+            self._kept, self._weights = None, [array.copy() for array in self._weights]
+            self.pointers = self._point()
+
+    def advance(self) -> None:
+        """After it."""
+        self._phase[:] = (self._phase + 1) % self._mini_batch_size
+
+    def state(self) -> dict:
+        """What the cache asks for."""
+        weights = tuple(map(mx.array, self._weights)) if self._kept is None else self._kept
+        history = {name: mx.array(array) for name, array in self._history.items()}
+        return {"weights": weights, "rows": mx.array(self._rows), "history": history}

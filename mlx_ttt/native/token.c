@@ -17,11 +17,11 @@ struct block {
     float rms_norm_eps, post_norm_eps, base_lr;
 };
 
-/* What a layer remembers of B sequences. */
+/* What a layer remembers of B sequences, to be written. */
 struct state {
     const int32_t *phase;
     float *conv, *conv_qk; /* the inputs before, [B, kernel - 1, C] */
-    float *W1, *b1, *W2, *b2, *rows, *row; /* see struct call */
+    float *W1, *b1, *W2, *b2, *rows;
 };
 
 static void rms_norm(size_t n, const float *x, const float *weight, float eps, float *y)
@@ -129,7 +129,7 @@ static void read_token(const struct block *p, const struct state *state, float *
     const struct call call = {
         .mlp = p->mlp, .T = 1, .H = H, .D = p->D, .K = p->K, .q = q, .k = k, .v = v, .lr = lr, .t = p->t,
         .gamma = p->gamma, .beta = p->beta, .phase = state->phase, .length = length, .y = y,
-        .W1 = state->W1, .b1 = state->b1, .W2 = state->W2, .b2 = state->b2, .rows = state->rows, .row = state->row};
+        .W1 = state->W1, .b1 = state->b1, .W2 = state->W2, .b2 = state->b2, .rows = state->rows};
     mlx_ttt_update(&call, B, threads);
     for (size_t b = 0; b < B; b++) {
         normalize(C, y + b * C, p->post_norm_eps);

@@ -261,7 +261,7 @@ static void one_head(const void *context, int piece)
         transfer(&h, PACK, rows, 0, p);
         memset(rows + p * R, 0, (K - p) * R * sizeof *rows);
     } else
-        transfer(&h, PACK, c->row ? c->row + i * R : rows + start * R, start, p);
+        transfer(&h, PACK, rows + start * R, start, p);
     free(room);
 }
 

@@ -13,8 +13,7 @@ struct call {
     const int32_t *phase, *length; /* [B] */
     float *y;                      /* [B, T, H, D] */
     float *W1, *b1, *W2, *b2;      /* [B, H, ., .], read, and written by a sequence that completes a mini-batch */
-    float *rows;                   /* [B, H, K, R], R = 2 D, for TTT-MLP 10 D; read, and written unless there is: */
-    float *row;                    /* [B, H, 1, R], the row of a single token that completes no mini-batch, or NULL */
+    float *rows;                   /* [B, H, K, 2 D], for TTT-MLP [B, H, K, 10 D]; read and written */
 };
 
 /* Reads T tokens of B sequences, of each so many as `length` says; what comes after them in y is left as it is. */

@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [(name, ctypes.c_int) for name in ("mlp", "T", "H", "D", "K")] + [
         (name, ctypes.c_void_p)
-        for name in ("q", "k", "v", "lr", "t", "gamma", "beta", "phase", "length", "y", "W1", "b1", "W2", "b2", "rows", "row")
+        for name in ("q", "k", "v", "lr", "t", "gamma", "beta", "phase", "length", "y", "W1", "b1", "W2", "b2", "rows")
     ]
 
 
@@ -57,7 +57,7 @@ def _compute(arrays: Sequence[np.ndarray], phase: Sequence[int], lengths: Sequen
     *weights, rows = (x.copy() for x in arrays[7:])
     (B, T, H, D), K = inputs[0].shape, rows.shape[2]
     y = np.zeros((B, T, H, D), np.float32)
-    pointers = [*inputs, phases, counts, y, *weights, *[None] * (4 - len(weights)), rows, None]
+    pointers = [*inputs, phases, counts, y, *weights, *[None] * (4 - len(weights)), rows]
     addresses = [None if x is None else x.ctypes.data for x in pointers]
     native.call("mlx_ttt_update", ctypes.byref(_Call(len(weights) == 4, T, H, D, K, *addresses)), B)
     return [y, *weights, rows]
