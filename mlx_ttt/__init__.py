@@ -14,7 +14,7 @@ from . import _blas, _mlx_lm
 
 __version__ = "0.1.0"
 
-_blas.load()
+_blas.load_before_mlx()
 _mlx_lm.register()
 
 # Imported when first used: MLX, mlx-lm and transformers take a second.

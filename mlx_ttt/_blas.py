@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
 SLOW = (
@@ -29,11 +30,21 @@ _native: ctypes.CDLL | None = None
 _refusal: str | None = None  # why there is no native code
 
 
-def load() -> None:
-    """Load OpenBLAS, and native/ with it, if this is Linux, they are there, and MLX has not been imported yet."""
+class _BeforeMLX(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlx.core":
+            _load()
+        return None  # the others find it
+
+
+def load_before_mlx() -> None:
+    """Have OpenBLAS loaded, and native/ with it, when MLX is imported, if this is Linux and they are there."""
+    if sys.platform == "linux" and not any(isinstance(finder, _BeforeMLX) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _BeforeMLX())
+
+
+def _load() -> None:
     global _openblas, _native, _refusal
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
-        return
     for name in ("libopenblas.so.0", "libopenblasp.so.0"):
         with contextlib.suppress(OSError):
             _openblas = ctypes.CDLL(name)
