@@ -8,6 +8,7 @@ go through MLX operations.
 from __future__ import annotations
 
 import ctypes
+import io
 import weakref
 from collections.abc import Sequence
 
@@ -52,7 +53,7 @@ class TokenReader:
             return None
         if not self._parts.same():
             self._look(model)
-        if self._blocks is None:
+        if self._blocks is None or (texts is None and _traced([c.rows for c in cache])):
             return None
         if texts is None:
             texts = [_Text(c) for c in cache]
@@ -80,9 +81,17 @@ class TokenReader:
             self._parts.weight(model, "norm", nn.RMSNorm)
             blocks = self._parts.child(model, "layers", list)
             blocks = [_block(self._parts, self._parts.child(blocks, i)) for i in range(len(blocks))]
-            self._blocks = (_Block * len(blocks))(*blocks)
+            if not _traced(self._parts.arrays()):
+                self._blocks = (_Block * len(blocks))(*blocks)
         except _Unsupported:
             pass
+
+
+def _traced(arrays: Sequence[mx.array]) -> bool:
+    """Whether some of these evaluated arrays are being differentiated: their graph is kept then."""
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *arrays)
+    return "rectangle" in graph.getvalue()
 
 
 class _Parts:
@@ -96,9 +105,15 @@ class _Parts:
         """Views that must live as long as pointers into them."""
         self._views.append(views)
 
+    def arrays(self) -> list[mx.array]:
+        return [part for _, _, part in self._seen if isinstance(part, mx.array)]
+
     def same(self) -> bool:
         """Whether all are still there. Not before there are any."""
-        return bool(self._seen) and all(container[key] is part for container, key, part in self._seen)
+        try:
+            return bool(self._seen) and all(container[key] is part for container, key, part in self._seen)
+        except LookupError:
+            return False
 
     def child(self, container, key, kind: type | None = None):
         """container[key], which must be of this kind, if one is named."""
