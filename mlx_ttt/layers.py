@@ -90,8 +90,11 @@ class RoPE:
         self.cos = mx.array(np.repeat(np.cos(angle), 2, axis=-1), mx.float32)  # [K, 1, D]
         self.sin = mx.array(np.stack([-np.sin(angle), np.sin(angle)], axis=-1).reshape(self.cos.shape), mx.float32)
 
-    def table(self, phase: list[int], T: int) -> tuple[mx.array, mx.array]:
+    def table(self, phase: list[int] | mx.array, T: int) -> tuple[mx.array, mx.array]:
         """Factors for T tokens from each phase, as `rotate` takes them, [B or 1, T, 1, D]."""
+        if isinstance(phase, mx.array):  # which only the device knows, [B]
+            slots = (phase[:, None] + mx.arange(T)) % len(self.cos)  # [B, T]
+            return self.cos[slots], self.sin[slots]
         phase = phase[:1] if len(set(phase)) == 1 else phase
         slots = mx.array((np.array(phase)[:, None] + np.arange(T)) % len(self.cos))  # [B or 1, T]
         return self.cos[slots], self.sin[slots]

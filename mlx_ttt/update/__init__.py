@@ -50,7 +50,8 @@ def ttt_linear(
     Raises:
         ValueError: an argument has the wrong shape or a phase or length is out of range.
     """
-    _check(2, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    B, T, K = _check(2, q, k, v, lr, t, gamma, beta, weights, rows)
+    _check_counts(B, T, K, phase, lengths)
     return _backend(q).ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
@@ -72,8 +73,54 @@ def ttt_mlp(
     weights: (W1 [B, H, D, 4D], b1 [B, H, 1, 4D], W2 [B, H, 4D, D], b2 [B, H, 1, D]);
     rows: k, e1, x2 and e2 side by side, [B, H, K, 10D].
     """
-    _check(10, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    B, T, K = _check(10, q, k, v, lr, t, gamma, beta, weights, rows)
+    _check_counts(B, T, K, phase, lengths)
     return _backend(q).ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+
+
+def ttt_linear_step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    t: mx.array,
+    gamma: mx.array,
+    beta: mx.array,
+    weights: Weights,
+    rows: mx.array,
+    phase: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Read one token of each sequence that completes no mini-batch, at a phase that only the device need know.
+
+    Args:
+        q, k, v, lr, t, gamma, beta, weights, rows: as in :func:`ttt_linear`, with T = 1.
+        phase: tokens in the open mini-batch of each sequence, [B], int32, 0 … K - 2: not checked.
+
+    Returns:
+        y [B, 1, H, D], and the token's row [B, H, 1, R], which belongs at the phase.
+
+    Raises:
+        ValueError: an argument has the wrong shape or dtype.
+    """
+    _check_one(*_check(2, q, k, v, lr, t, gamma, beta, weights, rows), phase)
+    return _step_backend().ttt_linear_step(q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+
+def ttt_mlp_step(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    lr: mx.array,
+    t: mx.array,
+    gamma: mx.array,
+    beta: mx.array,
+    weights: Weights,
+    rows: mx.array,
+    phase: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """Read one token of each sequence with TTT-MLP. As :func:`ttt_linear_step`."""
+    _check_one(*_check(10, q, k, v, lr, t, gamma, beta, weights, rows), phase)
+    return _step_backend().ttt_mlp_step(q, k, v, lr, t, gamma, beta, weights, rows, phase)
 
 
 def _backend(q: mx.array):
@@ -82,7 +129,12 @@ def _backend(q: mx.array):
     return native if native.supports(q) else dual
 
 
-def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
+def _step_backend():
+    return metal if metal.available() else dual
+
+
+def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows) -> tuple[int, int, int]:
+    """Returns B, T and K."""
     if q.ndim != 4:
         raise ValueError(f"q has shape {q.shape}, expected [B, T, H, D]")
     B, T, H, D = q.shape
@@ -105,7 +157,18 @@ def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths
         array = t if name == "t" else expected[name][0]
         if array.dtype != mx.float32:
             raise ValueError(f"{name} is {array.dtype}, expected float32")
+    return B, T, K
+
+
+def _check_counts(B, T, K, phase, lengths):
     if len(phase) != B or not all(0 <= p < K for p in phase):
         raise ValueError(f"phase is {list(phase)}, expected {B} integers from 0 to {K - 1}")
     if lengths is not None and (len(lengths) != B or not all(0 <= n <= T for n in lengths)):
         raise ValueError(f"lengths is {list(lengths)}, expected {B} integers from 0 to {T}")
+
+
+def _check_one(B, T, K, phase):
+    if T != 1:
+        raise ValueError(f"q has {T} tokens, expected 1")
+    if phase.shape != (B,) or phase.dtype != mx.int32:
+        raise ValueError(f"phase has shape {phase.shape} and dtype {phase.dtype}, expected ({B},) and int32")

@@ -32,13 +32,23 @@ def ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths=None):
     return _read(_mlp, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
+def ttt_linear_step(q, k, v, lr, t, gamma, beta, weights, rows, phase):
+    """See :func:`mlx_ttt.update.ttt_linear_step`."""
+    return _step(_linear, q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+
+def ttt_mlp_step(q, k, v, lr, t, gamma, beta, weights, rows, phase):
+    """See :func:`mlx_ttt.update.ttt_mlp_step`."""
+    return _step(_mlp, q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+
 class _Run(NamedTuple):
     """`count` stretches of n tokens from `start`, each within one mini-batch for every live sequence."""
 
     start: int
     count: int
     n: int
-    phase: list[int]  # of each sequence at `start`
+    phase: list[int] | mx.array  # of each sequence at `start`; an array, [B], in the step form
     live: list[bool]  # False where a sequence's length has been reached
 
     @property
@@ -53,14 +63,25 @@ class _Run(NamedTuple):
     @property
     def slots(self) -> slice | mx.array:
         """Where in the mini-batch the tokens stand: one slice for all sequences, or indices [B, n]."""
+        if isinstance(self.phase, mx.array):
+            return self.phase[:, None]
         if len(set(self.phase)) == 1:
             return slice(self.phase[0], self.phase[0] + self.n)
         start = mx.array([p if on else 0 for p, on in zip(self.phase, self.live, strict=True)])
         return start[:, None] + mx.arange(self.n)
 
+    def complete(self, K: int) -> list[bool]:
+        """Which sequences complete a mini-batch."""
+        if isinstance(self.phase, mx.array):
+            return [False] * len(self.live)
+        return [on and p + self.n == K for p, on in zip(self.phase, self.live, strict=True)]
 
-def _runs(K: int, phase: Sequence[int], lengths: Sequence[int]) -> Iterator[_Run]:
+
+def _runs(K: int, phase: Sequence[int] | mx.array, lengths: Sequence[int]) -> Iterator[_Run]:
     """Cut the tokens that count wherever a sequence completes a mini-batch or ends; whole mini-batches are one run."""
+    if isinstance(phase, mx.array):
+        yield _Run(0, 1, 1, phase, [True] * len(lengths))
+        return
     phase, start = list(phase), 0
     while start < max(lengths):
         live = [start < length for length in lengths]
@@ -165,7 +186,7 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
     for run in _runs(K, phase, lengths):
         kq = mx.concatenate([run.split(k), run.split(q)], axis=-2)  # [B, H, N, 2n, D]
         seen = causal[run.slots] if isinstance(run.slots, slice) else causal[run.slots][:, None]
-        complete = [on and p + run.n == K for p, on in zip(run.phase, run.live, strict=True)]
+        complete = run.complete(K)
         for i in range(run.count):
             place = slice(run.start + i * run.n, run.start + (i + 1) * run.n)
             tokens = _Tokens(kq[:, :, i], lr[:, :, place], bias[:, :, place], gamma_sq, seen, run)
@@ -183,20 +204,26 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
     return y.swapaxes(1, 2).astype(dtype), weights, rows
 
 
-def append_row(rows: mx.array, row: mx.array, phase: Sequence[int]) -> mx.array:
+def _step(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase):
+    y, _, rows = _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, None)
+    return y, mx.take_along_axis(rows, _row_index(rows[:, :, :1], phase), axis=2)
+
+
+def append_row(rows: mx.array, row: mx.array, phase: Sequence[int] | mx.array) -> mx.array:
     """Rows [B, H, K, R] with `row` [B, H, 1, R] at each sequence's phase.
 
     MLX does it in place if nobody else holds the rows when it comes to it. The kernel that read them does until it has
     run, so it is well that evaluating y leaves this for the next token.
     """
-    if len(set(phase)) > 1:
-        return mx.put_along_axis(rows, row_index(row, phase), row, axis=2)
+    if isinstance(phase, mx.array) or len(set(phase)) > 1:
+        return mx.put_along_axis(rows, _row_index(row, phase), row, axis=2)
     rows = rows[...]  # an array of our own, to assign to
     rows[:, :, phase[0] : phase[0] + 1] = row
     return rows
 
 
-def row_index(row: mx.array, phase: Sequence[int]) -> mx.array:
+def _row_index(row: mx.array, phase: Sequence[int] | mx.array) -> mx.array:
+    """Each sequence's phase at every place of `row`, [B, H, 1, R]."""
     return mx.broadcast_to(mx.array(phase)[:, None, None, None], row.shape)
 
 

@@ -51,7 +51,18 @@ def ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths=None):
     return _read("mlp", q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
+def ttt_linear_step(q, k, v, lr, t, gamma, beta, weights, rows, phase):
+    """See :func:`mlx_ttt.update.ttt_linear_step`."""
+    return _step("linear", q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+
+def ttt_mlp_step(q, k, v, lr, t, gamma, beta, weights, rows, phase):
+    """See :func:`mlx_ttt.update.ttt_mlp_step`."""
+    return _step("mlp", q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+
 _DUAL = {"linear": dual.ttt_linear, "mlp": dual.ttt_mlp}
+_DUAL_STEP = {"linear": dual.ttt_linear_step, "mlp": dual.ttt_mlp_step}
 _WEIGHTS = {"linear": ("W1", "b1"), "mlp": ("W1", "b1", "W2", "b2")}
 _ROW_WIDTH = {"linear": 2, "mlp": 10}  # in head dimensions
 
@@ -67,36 +78,53 @@ class _Variant(NamedTuple):
 
 
 def _read(model, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
-    B, T, _, D = q.shape
+    B, T, _, _ = q.shape
     K = rows.shape[2]
     rule = _DUAL[model]
-    if not supports(q, K) or {k.dtype, v.dtype} != {q.dtype}:
-        _log.debug("no kernel for D = %d, K = %d, %s: computing with MLX operations", D, K, q.dtype)
-        return rule(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
-
     lengths = [T] * B if lengths is None else lengths
     is_step = T == 1 and all(p + 1 < K for p in phase) and all(lengths)
-    variant = _Variant(model, "step" if is_step else "chunk", D, K, q.dtype)
-    tiles = _tiles(variant)
-    if tiles is None:
+    served = _served(model, "step" if is_step else "chunk", q, k, v, K)
+    if served is None:
         return rule(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    if is_step:
+        y, row = _step(model, q, k, v, lr, t, gamma, beta, weights, rows, phase)
+        return y, weights, dual.append_row(rows, row, phase)
 
     def by_kernel(*arrays):
-        return _launch(variant, tiles, arrays, phase, lengths)
+        return _launch(*served, arrays, phase, lengths)
 
     def by_operations(*arrays):
         y, new_weights, new_rows = rule(*arrays[:7], arrays[7:-1], arrays[-1], phase, lengths)
-        return [y, _rows_at(new_rows, phase)] if is_step else [y, *new_weights, new_rows]
+        return [y, *new_weights, new_rows]
 
     y, *state = differentiable(by_kernel, by_operations)(q, k, v, lr, t, gamma, beta, *weights, rows)
-    if is_step:
-        return y, weights, dual.append_row(rows, state[0], phase)
     return y, tuple(state[:-1]), state[-1]
 
 
-def _rows_at(rows: mx.array, phase: Sequence[int]) -> mx.array:
-    """[B, H, 1, R]"""
-    return mx.take_along_axis(rows, dual.row_index(rows[:, :, :1], phase), axis=2)
+def _step(model, q, k, v, lr, t, gamma, beta, weights, rows, phase: Sequence[int] | mx.array):
+    rule = _DUAL_STEP[model]
+    served = _served(model, "step", q, k, v, rows.shape[2])
+    if served is None:
+        return rule(q, k, v, lr, t, gamma, beta, weights, rows, phase)
+
+    def by_kernel(*arrays):
+        return _launch(*served, arrays, phase, None)
+
+    def by_operations(*arrays):
+        return list(rule(*arrays[:7], arrays[7:-1], arrays[-1], phase))
+
+    return tuple(differentiable(by_kernel, by_operations)(q, k, v, lr, t, gamma, beta, *weights, rows))
+
+
+def _served(model, form, q, k, v, K) -> tuple[_Variant, int] | None:
+    """The kernel for such tokens and its tiles; None where there is none, or the device refuses it."""
+    D = q.shape[3]
+    if not supports(q, K) or {k.dtype, v.dtype} != {q.dtype}:
+        _log.debug("no kernel for D = %d, K = %d, %s: computing with MLX operations", D, K, q.dtype)
+        return None
+    variant = _Variant(model, form, D, K, q.dtype)
+    tiles = _tiles(variant)
+    return None if tiles is None else (variant, tiles)
 
 
 # ---- Launching ------------------------------------------------------------------------------------------------------
@@ -188,9 +216,12 @@ def _call(variant: _Variant, tiles: int, arrays: Sequence[mx.array], phase, leng
     }
 
 
-def _integers(values: Sequence[int]) -> mx.array:
+def _integers(values: Sequence[int] | mx.array) -> mx.array:
     """As int32, with zeros behind that keep a small batch out of constant memory."""
-    return mx.array([*values, *[0] * (SMALL - len(values))], mx.int32)
+    padding = SMALL - len(values)
+    if isinstance(values, mx.array):
+        return mx.concatenate([values, mx.zeros(padding, mx.int32)]) if padding > 0 else values
+    return mx.array([*values, *[0] * padding], mx.int32)
 
 
 def _threads(variant: _Variant, tiles: int) -> int:

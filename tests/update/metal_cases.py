@@ -12,6 +12,8 @@ from .cases import make_case, relative_error
 KINDS = ("linear", "mlp")
 KERNEL = {"linear": metal.ttt_linear, "mlp": metal.ttt_mlp}
 DUAL = {"linear": dual.ttt_linear, "mlp": dual.ttt_mlp}
+DUAL_STEP = {"linear": dual.ttt_linear_step, "mlp": dual.ttt_mlp_step}
+STEP = {"linear": metal.ttt_linear_step, "mlp": metal.ttt_mlp_step}
 REFERENCE = {"linear": reference.ttt_linear, "mlp": reference.ttt_mlp}
 ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}  # relative error of rounding once
 BOUND = 1e-5

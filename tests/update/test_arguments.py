@@ -5,11 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlx_ttt.update import ttt_linear, ttt_mlp
+from mlx_ttt.update import ttt_linear, ttt_linear_step, ttt_mlp, ttt_mlp_step
 
 from .cases import make_case
 
 RULES = {"linear": ttt_linear, "mlp": ttt_mlp}
+STEPS = {"linear": ttt_linear_step, "mlp": ttt_mlp_step}
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -43,6 +44,24 @@ def test_a_wrong_argument_is_named(kind, name, wrong):
     argument = "weights" if name in ("W1", "b1") else name
     with pytest.raises(ValueError, match=f"^{name} (has|is) "):
         RULES[kind](**(case | {argument: wrong(case[argument])}))
+
+
+@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize(
+    ("name", "T", "change"),
+    [
+        ("k", 1, {"k": mx.zeros((2, 1, 3, 6))}),
+        ("q", 2, {}),
+        ("phase", 1, {"phase": mx.array([1])}),
+        ("phase", 1, {"phase": mx.array([[1, 2]])}),
+        ("phase", 1, {"phase": mx.array([1, 2], mx.uint32)}),
+    ],
+)
+def test_a_wrong_argument_of_the_step_form_is_named(kind, name, T, change):
+    case = make_case(kind, B=2, T=T, H=3, phase=[1, 2]) | {"phase": mx.array([1, 2])} | change
+    del case["lengths"]
+    with pytest.raises(ValueError, match=f"^{name} has "):
+        STEPS[kind](**case)
 
 
 def test_the_other_inner_models_weights_are_refused():

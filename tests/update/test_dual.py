@@ -13,6 +13,7 @@ from .cases import assert_agrees, counted, make_case, relative_error
 
 DUAL = {"linear": dual.ttt_linear, "mlp": dual.ttt_mlp}
 REFERENCE = {"linear": reference.ttt_linear, "mlp": reference.ttt_mlp}
+DUAL_STEP = {"linear": dual.ttt_linear_step, "mlp": dual.ttt_mlp_step}
 KINDS = ["linear", "mlp"]
 
 
@@ -49,6 +50,19 @@ def test_a_sequence_never_depends_on_its_neighbours(kind):
         expected = DUAL[kind](**(case | alone))
         found = y[b : b + 1], [w[b : b + 1] for w in weights], rows[b : b + 1]
         assert_agrees(found, expected, alone["lengths"], bound=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", [[0], [6], [0, 3, 6]])
+def test_the_step_form_is_one_token(kind, phase):
+    """With its row at the phase, the state after the token."""
+    case = make_case(kind, B=len(phase), T=1, phase=phase)
+    expected = DUAL[kind](**case)
+    arguments = {name: x for name, x in case.items() if name != "lengths"}
+    y, row = DUAL_STEP[kind](**(arguments | {"phase": mx.array(phase)}))
+    for phases in (phase, mx.array(phase)):
+        rows = dual.append_row(case["rows"], row, phases)
+        assert_agrees((y, case["weights"], rows), expected, bound=1e-6)
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,11 +8,11 @@ import logging
 import mlx.core as mx
 import pytest
 
-from mlx_ttt.update import metal
+from mlx_ttt.update import dual, metal
 from tests.metal_host import trace_call
 
 from .cases import make_case, relative_error
-from .metal_cases import DUAL, KERNEL, KINDS, assert_matches, kernel_case, tokens_of
+from .metal_cases import DUAL, DUAL_STEP, KERNEL, KINDS, STEP, assert_matches, kernel_case, tokens_of
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,6 +62,32 @@ def test_the_step_appends_one_row_and_touches_no_other(kernels, kind):
             others = [i for i in range(8) if i != p]
             assert mx.array_equal(rows[b][:, others], before[b][:, others])
             assert mx.abs(rows[b][:, p]).min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("phase", [[4], [0, 6, 3], [n % 7 for n in range(9)]])
+def test_the_step_form_with_phases_in_an_array(kernels, kind, phase):
+    """One launch, which is given what the same call with integers is given."""
+    case = kernel_case(kind, B=len(phase), T=1, H=2, D=16, K=8, phase=phase)
+    y, _, rows = KERNEL[kind](**case)
+    arguments = {name: x for name, x in case.items() if name != "lengths"} | {"phase": mx.array(phase)}
+    if kernels:
+        del kernels.names[:]
+    y_step, row = STEP[kind](**arguments)
+    assert mx.array_equal(y_step, y)
+    assert mx.array_equal(dual.append_row(case["rows"], row, phase), rows)
+    if kernels:
+        assert kernels.names == [f"ttt_{kind}_step"]
+    expected = DUAL_STEP[kind](**arguments)
+    assert relative_error(y_step, expected[0]) <= 1e-5
+    assert relative_error(row, expected[1]) <= 1e-5
+
+
+def test_the_step_form_falls_back_to_dual(kernels):
+    case = make_case("linear", T=1, D=24, phase=[2])
+    arguments = {name: x for name, x in case.items() if name != "lengths"} | {"phase": mx.array([2])}
+    for found, expected in zip(STEP["linear"](**arguments), DUAL_STEP["linear"](**arguments), strict=True):
+        assert mx.array_equal(found, expected)
 
 
 def test_the_append_is_in_place(monkeypatch):
