@@ -14,7 +14,30 @@ _DEFERRED = ("weights", "rows", "history")
 UpdateRule = Callable[..., tuple[mx.array, tuple[mx.array, ...], mx.array]]  # see update/__init__.py
 
 
-class TTTCache:
+class LayerState:
+    """What the layers remember of a text beside the inner model's weights and rows: the convolutions' inputs.
+
+    Attributes:
+        history: the last conv_kernel - 1 inputs of the causal convolutions by name, [B, conv_kernel - 1, C].
+    """
+
+    history: dict[str, mx.array]
+
+    def lengths(self, T: int) -> list[int]:
+        """How many of the next T tokens count, one integer per sequence."""
+        raise NotImplementedError
+
+    def with_history(self, name: str, x: mx.array, n: int) -> mx.array:
+        """x [B, T, C] behind the n inputs before it, [B, n + T, C]; remembers the last ones for the next call."""
+        if n == 0:
+            return x
+        history = self.history[name].astype(x.dtype)
+        inputs = mx.concatenate([history, x], axis=1)
+        self.history[name] = _window(inputs, self.lengths(x.shape[1]), history.shape[1])
+        return inputs[:, history.shape[1] - n :]
+
+
+class TTTCache(LayerState):
     """The state of one layer, as an mlx-lm prompt cache.
 
     Attributes:
@@ -22,7 +45,7 @@ class TTTCache:
             the device to decide what to run.
         weights: of the inner model at the start of the open mini-batch, (W1, b1[, W2, b2]), float32, [B, H, ·, ·].
         rows: the open mini-batch, [B, H, K, R], float32; zero where not yet written.
-        history: the last conv_kernel - 1 inputs of the causal convolutions by name, [B, conv_kernel - 1, C].
+        history: see :class:`LayerState`.
 
     A cache starts with one sequence. Calling the model with a batch of B continues it B ways. Sequences join and
     leave by mlx-lm's batch protocol: `merge`, `extend`, `filter`, `extract`. `prepare` announces padding, which changes
@@ -102,15 +125,6 @@ class TTTCache:
         self._make = None
         vars(self).update(make())
         return vars(self)[name]
-
-    def with_history(self, name: str, x: mx.array, n: int) -> mx.array:
-        """x [B, T, C] behind the n inputs before it, [B, n + T, C]; remembers the last ones for the next call."""
-        if n == 0:
-            return x
-        history = self.history[name].astype(x.dtype)
-        inputs = mx.concatenate([history, x], axis=1)
-        self.history[name] = _window(inputs, self.lengths(x.shape[1]), history.shape[1])
-        return inputs[:, history.shape[1] - n :]
 
     # Padding
 

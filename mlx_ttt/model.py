@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 
-from .cache import RewindableTTTCache, TTTCache
+from .cache import LayerState, RewindableTTTCache, TTTCache
+from .compiled_step import CompiledStep
 from .layers import TTT, Conv, SwiGLU
 from .one_token import TokenReader
 
@@ -113,11 +115,14 @@ class TTTModel(nn.Module):
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._one_token = TokenReader()
+        self._compiled_step = CompiledStep()
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:
         T = inputs.shape[1]
-        if T == 1 and cache is not None and (x := self._one_token.read(self, inputs, cache)) is not None:
-            return x
+        if T == 1 and cache:
+            for reader in (self._compiled_step, self._one_token):
+                if (x := reader.read(self, inputs, cache)) is not None:
+                    return x
         if cache is None or T <= _CPU_CHUNK or mx.default_device() != mx.cpu:
             return self._read(inputs, cache)
         chunks = (inputs[:, start : start + _CPU_CHUNK] for start in range(0, T, _CPU_CHUNK))
@@ -128,10 +133,15 @@ class TTTModel(nn.Module):
         for c in cache or ():
             c.expand(B)
         padding = cache[0].left_padding(T) if cache else [0] * B
-        x = self.embed_tokens(_roll(inputs, [-n for n in padding]))  # padding behind the tokens that count
-        for layer, c in zip(self.layers, cache or [None] * len(self.layers), strict=True):
-            x = layer(x, c)
-        return _roll(self.norm(x), padding)
+        inputs = _roll(inputs, [-n for n in padding])  # padding behind the tokens that count
+        return _roll(self.through_blocks(inputs, cache or [None] * len(self.layers)), padding)
+
+    def through_blocks(self, ids: mx.array, states: Sequence[LayerState | None]) -> mx.array:
+        """Hidden states [B, T, C] of token ids [B, T], with one state for each block."""
+        x = self.embed_tokens(ids)
+        for layer, state in zip(self.layers, states, strict=True):
+            x = layer(x, state)
+        return self.norm(x)
 
 
 def _roll(x: mx.array, n: list[int]) -> mx.array:
