@@ -35,6 +35,9 @@ class TokenReader:
         self._blocks: ctypes.Array[_Block] | None = None
         self._texts: list[weakref.ref[_Text]] = []
 
+    def __reduce__(self):
+        return TokenReader, ()  # a copy of the model has parameters of its own
+
     def read(self, model, ids: mx.array, cache: Sequence[TTTCache]) -> mx.array | None:
         """What a TTTModel does with token ids [B, 1] after those that the caches have read: hidden states [B, 1, C].
 
