@@ -23,7 +23,10 @@ SLOW = (
     " and import mlx_ttt before mlx"
 )
 NOT_COMPILED = "with a C compiler (Debian, Ubuntu: apt install gcc) this would be two to three times as fast"
-_FLAGS = ("-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", "-pthread")
+# Sums in any order, as -ffast-math has them; but that also makes gcc before 13 switch the whole process to numbers
+# without denormals, and gives infinities up.
+_MATH = ("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
+_FLAGS = ("-O3", "-march=native", *_MATH, "-shared", "-fPIC", "-pthread")
 
 _openblas: ctypes.CDLL | None = None
 _native: ctypes.CDLL | None = None
