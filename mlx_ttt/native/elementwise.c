@@ -13,10 +13,7 @@ struct activation {
 
 static inline vec activated(const struct activation *a, vec x)
 {
-    vec y = x * sigmoid(x);
-    if (a->gelu)
-        y = gelu(x);
-    return y;
+    return a->gelu ? gelu(x) : silu(x);
 }
 
 static void activate(const void *context, int piece)

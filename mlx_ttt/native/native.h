@@ -62,7 +62,19 @@ static inline vec sigmoid(vec x)
 /* The tanh GELU, x sigmoid(SLOPE (x + CUBIC x^3)), and its derivative. */
 static const float SLOPE = 1.5957691216f, CUBIC = 0.044715f; /* SLOPE = 2 sqrt(2 / pi) */
 
-static inline vec gelu(vec x) { return x * sigmoid(SLOPE * x * (1 + CUBIC * x * x)); }
+static inline vec gelu(vec x)
+{
+    const vec least = {-20, -20, -20, -20, -20, -20, -20, -20}; /* where both are zero, which -inf times 0 is not */
+    x = choose(x < least, least, x);
+    return x * sigmoid(SLOPE * x * (1 + CUBIC * x * x));
+}
+
+static inline vec silu(vec x)
+{
+    const vec least = {-100, -100, -100, -100, -100, -100, -100, -100};
+    x = choose(x < least, least, x);
+    return x * sigmoid(x);
+}
 
 static inline vec gelu_derivative(vec x)
 {

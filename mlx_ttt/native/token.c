@@ -76,10 +76,8 @@ static void gelu_times(size_t n, const float *x, float *y)
 
 static void silu_times(size_t n, const float *x, float *y)
 {
-    for (size_t i = 0; i < n; i += LANES) {
-        vec z = load(x + i);
-        store(y + i, z * sigmoid(z) * load(y + i));
-    }
+    for (size_t i = 0; i < n; i += LANES)
+        store(y + i, silu(load(x + i)) * load(y + i));
 }
 
 /* x [B, C], the block's input and, when it returns, its output. All sizes but H, K and kernel are multiples of 8. */
