@@ -103,11 +103,18 @@ static float dot(size_t n, const float *a, const float *b)
 static void learned(size_t n, size_t p, size_t D, size_t F, const float *t, const float *x, const float *past_x,
                     const float *past_e, float *z)
 {
-    float scores[n * (p + n)];
-    for (size_t i = 0; i < n; i++)
-        for (size_t j = 0; j < p + n; j++)
-            scores[i * (p + n) + j] = j > p + i ? 0 : t[p + i] * (dot(D, x + i * D, past_x + j * D) + 1);
-    multiply(n, F, p + n, -1, scores, p + n, 1, past_e, F, z, F);
+    enum { MOST = 16 }; /* tokens at a time: all scores of a large mini-batch do not fit on a stack */
+    const size_t past = p + n;
+    float scores[MOST * past];
+    for (size_t first = 0, m; first < n; first += m) {
+        m = smaller(MOST, n - first);
+        for (size_t i = 0; i < m; i++)
+            for (size_t j = 0; j < past; j++) {
+                const size_t slot = p + first + i;
+                scores[i * past + j] = j > slot ? 0 : t[slot] * (dot(D, x + (first + i) * D, past_x + j * D) + 1);
+            }
+        multiply(m, F, past, -1, scores, past, 1, past_e, F, z + first * F, F);
+    }
 }
 
 /* ---- The inner LayerNorm and its gradient, the GELU --------------------------------------------------------------- */
