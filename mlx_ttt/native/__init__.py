@@ -29,13 +29,14 @@ def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequ
     """What `function` makes of the arrays' values, now; by the same in MLX operations inside transformations.
 
     Args:
-        function: NumPy arrays, contiguous float32, -> a list of NumPy arrays.
+        function: NumPy arrays, contiguous float32, -> a list of NumPy arrays; the first is returned in the dtype of
+            the first array, the others in float32.
         operations: the same of MLX arrays; differentiated instead of it.
     """
 
     def by_function(*arrays):
-        outputs = function(*map(values, arrays))
-        return [mx.array(y).astype(arrays[0].dtype) for y in outputs]
+        first, *others = map(mx.array, function(*map(values, arrays)))
+        return [first.astype(arrays[0].dtype), *others]
 
     try:
         mx.eval(arrays)
