@@ -44,7 +44,7 @@ class TokenReader:
         None if it must do it itself.
         """
         B = ids.shape[0]
-        if B > MOST or not native.available(native.SHORTEST):
+        if B > MOST or not native.available(native.SHORTEST) or len(cache) != len(model.layers):
             return None
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
@@ -54,7 +54,7 @@ class TokenReader:
                 mx.eval([c.state for c in cache])
         except ValueError:  # inside mx.compile or mx.vmap nothing has a value
             return None
-        if not self._parts.same():
+        if not self._parts.same() or (self._blocks is not None and len(self._blocks) != len(cache)):
             self._look(model)
         if self._blocks is None or (texts is None and _traced([c.rows for c in cache])):
             return None

@@ -11,6 +11,8 @@ import pytest
 
 from mlx_ttt.checkpoint.convert import convert
 
+from .native import Spy
+
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.name for path in (DATA / "golden").iterdir() if path.is_dir())
 
@@ -38,3 +40,9 @@ def directory(shakespeare_dir, tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _seed():
     mx.random.seed(0)
+
+
+@pytest.fixture
+def spy(monkeypatch) -> Spy:
+    """Which functions in C are called."""
+    return Spy(monkeypatch)

@@ -1,0 +1,63 @@
+"""The causal convolution against NumPy in float64: in MLX operations for few tokens, in C for many."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_ttt.layers import CausalConv1d
+
+from .native import needs_native, without_native
+
+
+def convolution(kernel: int, C: int) -> CausalConv1d:
+    conv = CausalConv1d(C, kernel)
+    conv.bias = mx.random.normal((C,))
+    return conv
+
+
+def exact(conv, x):
+    weight, bias, x = (np.array(a, np.float64) for a in (conv.weight[..., 0].T, conv.bias, x))
+    T = x.shape[1] - len(weight) + 1
+    return sum((x[:, i : i + T] * weight[i] for i in range(len(weight))), bias)
+
+
+@pytest.mark.parametrize("T", [1, 2, 15, 16, 40])
+@pytest.mark.parametrize("kernel", range(1, 6))
+def test_any_kernel_and_number_of_tokens(kernel, T):
+    for C in (1, 12, 37):
+        conv, x = convolution(kernel, C), mx.random.normal((3, kernel - 1 + T, C))
+        y = conv(x)
+        assert y.shape == (3, T, C)
+        assert np.allclose(y, exact(conv, x), rtol=1e-5, atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("kernel", range(1, 6))
+def test_gradients_in_c_are_those_of_mlx_operations(kernel, spy, monkeypatch):
+    conv, x = convolution(kernel, 9), mx.random.normal((2, kernel - 1 + 20, 9))
+
+    def gradients():
+        def function(x, weight, bias):
+            conv.weight, conv.bias = weight, bias
+            return conv(x).square().sum()
+
+        return mx.grad(function, argnums=(0, 1, 2))(x, conv.weight, conv.bias)
+
+    found = gradients()
+    assert spy.taken() == {"convolve"}
+    for g, expected in zip(found, without_native(monkeypatch, gradients), strict=True):
+        assert np.allclose(g, expected, rtol=1e-5, atol=1e-5)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_in_and_out(dtype, spy):
+    conv = convolution(4, 24)
+    conv.set_dtype(dtype)
+    x = mx.random.normal((1, 23, 24)).astype(dtype)
+    y = conv(x)
+    assert spy.taken() == {"convolve"} and y.dtype == dtype
+    x, conv.weight, conv.bias = (a.astype(mx.float32) for a in (x, conv.weight, conv.bias))
+    assert np.allclose(y.astype(mx.float32), exact(conv, x), rtol=1e-2, atol=1e-2)
