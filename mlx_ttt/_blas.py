@@ -57,7 +57,7 @@ def _load() -> None:
     try:
         _native = ctypes.CDLL(str(_compiled()), ctypes.RTLD_GLOBAL)  # before OpenBLAS: the first that MLX finds
     except (OSError, subprocess.SubprocessError) as error:
-        _refusal = str(error)
+        _refusal = str(error) if isinstance(error, OSError) else "it failed"
     else:
         theirs = (_openblas.cblas_sgemm, _openblas.openblas_get_num_threads)
         _native.mlx_ttt_start(*(ctypes.cast(function, ctypes.c_void_p) for function in theirs))

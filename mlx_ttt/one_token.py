@@ -8,7 +8,6 @@ go through MLX operations.
 from __future__ import annotations
 
 import ctypes
-import io
 import weakref
 from collections.abc import Sequence
 
@@ -48,15 +47,15 @@ class TokenReader:
             return None
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
+        if (texts := self._going_on(cache)) is None and native.traced([(c.weights, c.rows, c.history) for c in cache]):
+            return None
         try:
             mx.eval(ids)
-            if (texts := self._going_on(cache)) is None:
-                mx.eval([c.state for c in cache])
         except ValueError:  # inside mx.compile or mx.vmap nothing has a value
             return None
         if not self._parts.same() or (self._blocks is not None and len(self._blocks) != len(cache)):
             self._look(model)
-        if self._blocks is None or (texts is None and _traced([c.rows for c in cache])):
+        if self._blocks is None:
             return None
         if texts is None:
             texts = [_Text(c) for c in cache]
@@ -84,17 +83,9 @@ class TokenReader:
             self._parts.weight(model, "norm", nn.RMSNorm)
             blocks = self._parts.child(model, "layers", list)
             blocks = [_block(self._parts, self._parts.child(blocks, i)) for i in range(len(blocks))]
-            if not _traced(self._parts.arrays()):
-                self._blocks = (_Block * len(blocks))(*blocks)
+            self._blocks = (_Block * len(blocks))(*blocks)
         except _Unsupported:
             pass
-
-
-def _traced(arrays: Sequence[mx.array]) -> bool:
-    """Whether some of these evaluated arrays are being differentiated: their graph is kept then."""
-    graph = io.StringIO()
-    mx.export_to_dot(graph, *arrays)
-    return "rectangle" in graph.getvalue()
 
 
 class _Parts:
@@ -107,9 +98,6 @@ class _Parts:
     def keep(self, views: dict[str, np.ndarray]) -> None:
         """Views that must live as long as pointers into them."""
         self._views.append(views)
-
-    def arrays(self) -> list[mx.array]:
-        return [part for _, _, part in self._seen if isinstance(part, mx.array)]
 
     def same(self) -> bool:
         """Whether all are still there. Not before there are any."""
@@ -129,6 +117,9 @@ class _Parts:
     def parameter(self, container, key) -> np.ndarray:
         array = self.child(container, key)
         if array.dtype != mx.float32:
+            raise _Unsupported
+        if native.traced([array]):
+            self._seen.clear()  # until it is over
             raise _Unsupported
         return values(array)
 

@@ -73,6 +73,7 @@ def test_it_is_compiled_once(tmp_path):
 
 
 @needs_native
+@pytest.mark.slow
 def test_processes_that_start_together_may_all_compile_it(tmp_path):
     program = f"import mlx_ttt; {PRODUCT}; {ADVICE}"
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -111,7 +112,7 @@ def test_without_a_compiler_everything_works_and_says_how_to_get_it(lack, tmp_pa
         "model = mlx_ttt.load_model()[0]; cache = model.make_cache()\n"
         "model(mx.zeros((1, 20), mx.int32), cache=cache)\n"
         "assert mx.isfinite(model(mx.zeros((1, 1), mx.int32), cache=cache)).all()\n"
-        "assert _blas.native() is None and 'blas.c' not in _blas.description()"
+        "assert _blas.native() is None and 'no C code' in _blas.description()"
     )
     assert "apt install gcc" in run(f"import mlx_ttt; {PRODUCT}; {ADVICE}\n{model}", **environment)
     assert not [file for file in (tmp_path / "cache").rglob("*") if file.name != "mlx_ttt"]
@@ -208,7 +209,7 @@ def test_in_two_streams_of_one_thread():
 def test_in_a_forked_process():
     """Where there are no helpers, although there were. (MLX itself does not outlive a fork: the function alone.)"""
     program = """
-import ctypes, os, mlx_ttt, numpy as np
+import ctypes, os, mlx_ttt, mlx.core, numpy as np
 from mlx_ttt import _blas
 library = _blas.native()
 w, x = np.random.randn(600, 301).astype(np.float32), np.random.randn(3, 301).astype(np.float32)

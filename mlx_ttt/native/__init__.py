@@ -8,10 +8,12 @@ prompt; a token at a time goes through MLX operations, whose graph mlx-lm evalua
 from __future__ import annotations
 
 import ctypes
+import io
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from .. import _blas
 from ..differentiable import differentiable
@@ -43,6 +45,17 @@ def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequ
     except ValueError:  # inside mx.compile or mx.vmap nothing has a value
         return operations(*arrays)
     return differentiable(by_function, operations)(*arrays)
+
+
+def traced(arrays) -> bool:
+    """Whether one of these arrays is part of a transformation, so that nothing that is made of it may be lost."""
+    leaves, graph = [array for _, array in tree_flatten(arrays)], io.StringIO()
+    try:
+        mx.eval(leaves)
+    except ValueError:  # inside mx.compile or mx.vmap nothing has a value
+        return True
+    mx.export_to_dot(graph, *leaves)
+    return "label" in graph.getvalue()  # evaluated arrays forget what made them, unless a gradient is to be taken
 
 
 def values(x: mx.array) -> np.ndarray:
