@@ -32,6 +32,7 @@ def test_the_wheel_holds_everything(wheel):
     kernels = {f"mlx_ttt/metal/{path.name}" for path in (ROOT / "metal").iterdir() if path.is_file()}
     assert kernels
     assert kernels <= names
+    assert {f"mlx_ttt/native/{path.name}" for path in (ROOT / "mlx_ttt/native").glob("*.[ch]")} <= names
     assert not any("tests" in name or "__pycache__" in name for name in names)
     assert wheel.stat().st_size < 12e6
 

@@ -2,7 +2,7 @@
 
 MLX's own CPU operations are one thread each and, in its Linux wheels, hardly vectorized. There is no way into MLX's
 graph for a function in C, so these are computed when they are called, and what they read with them. That suits a
-prompt; a token at a time goes through MLX operations, whose graph mlx-lm evaluates while the next one is made.
+prompt; a single token goes through the whole network in one call (see one_token.py), or through MLX operations.
 """
 
 from __future__ import annotations
