@@ -72,7 +72,7 @@ class Comparison:
 
     Attributes:
         result: what was measured, ready for JSON: the answers of each round by "read" or "decode", name and tokens;
-            the limits of the machine, measured in the same rounds; a line for all that was skipped.
+            the limits of the machine, measured after each of them; a line for all that was skipped.
     """
 
     def __init__(
@@ -160,14 +160,14 @@ class Comparison:
             for contender, lengths in list(turns):
                 try:
                     for tokens in lengths:
-                        self._record(what, contender, tokens, run(contender, tokens))
+                        answer = run(contender, tokens)
+                        self._record(what, contender, tokens, answer | {"limits": self.limits.call("measure")})
                 except WorkerError as error:
                     self._skip(contender, tokens, str(error))
                     turns.remove((contender, lengths))
                     contender.stop()
                 if alone:
                     contender.stop()
-            self.result["limits"].append(self.limits.call("measure"))
             rounds += 1
         if rounds:
             seconds = time.perf_counter() - start
@@ -175,6 +175,7 @@ class Comparison:
             self.say(f"{self.result['title']}: {what} {tokens} tokens, {rounds} rounds in {seconds:.0f} s")
 
     def _record(self, what: str, contender: Contender, tokens: int, answer: dict) -> None:
+        self.result["limits"].append(answer["limits"])
         self.result[what].setdefault(contender.name, {}).setdefault(str(tokens), []).append(answer)
 
     def _skip(self, contender: Contender, tokens: int, reason: str) -> None:

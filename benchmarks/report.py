@@ -67,16 +67,19 @@ def of_comparison(result: dict) -> list[str]:
 def limits_line(result: dict) -> str:
     if not result["limits"]:
         return ""
-    bandwidth, rate = limits(result)
+    bandwidth, rate = (
+        "…".join(f"{choose(m[key] for m in result['limits']) / 1e9:.0f}" for choose in (min, max))
+        for key in ("bytes_per_second", "flops_per_second")
+    )
     return (
-        f"Limits, measured in the same rounds: memory is read at {bandwidth / 1e9:.1f} GB/s, "
-        f"matrices are multiplied at {rate / 1e9:.0f} GFLOP/s."
+        f"Limits, measured after each of the following: memory is read at {bandwidth} GB/s, "
+        f"matrices are multiplied at {rate} GFLOP/s."
     )
 
 
-def limits(result: dict) -> tuple[float, float]:
-    """Bytes and floating-point operations per second: the best that was seen, as a limit should be."""
-    return tuple(max(m[key] for m in result["limits"]) for key in ("bytes_per_second", "flops_per_second"))
+def times_the_limit(answers: Answers, key: str, amount: float) -> str:
+    """How long it took, beside what the machine could do right after it: the median of the rounds."""
+    return f"({median(a['seconds'] * a['limits'][key] / amount for a in answers):.2f})"
 
 
 def sizes(result: dict) -> str:
@@ -95,17 +98,15 @@ def sizes(result: dict) -> str:
 
 
 def prefill_cell(result: dict, name: str, tokens: int, answers: Answers) -> str:
-    _, rate = limits(result)
-    time = median(seconds(answers))
-    return f"{tokens / time:,.0f} ({time / (prefill_flops(result['models'][name]['config'], tokens) / rate):.1f})"
+    flops = prefill_flops(result["models"][name]["config"], tokens)
+    return f"{tokens / median(seconds(answers)):,.0f} {times_the_limit(answers, 'flops_per_second', flops)}"
 
 
 def decode_cell(result: dict, name: str, answers: Answers) -> str:
     """The limit is to read the weights and the state once for each token."""
-    bandwidth, _ = limits(result)
-    time = median(seconds(answers)) / answers[0]["tokens"]
-    nbytes = result["models"][name]["weight_bytes"] + answers[0]["state_bytes"]
-    return f"{1 / time:,.1f} ({time / (nbytes / bandwidth):.1f})"
+    tokens = answers[0]["tokens"]
+    nbytes = tokens * (result["models"][name]["weight_bytes"] + answers[0]["state_bytes"])
+    return f"{tokens / median(seconds(answers)):,.1f} {times_the_limit(answers, 'bytes_per_second', nbytes)}"
 
 
 def ratios(result: dict, what: str, title: str) -> list[str]:

@@ -124,7 +124,7 @@ def test_contenders_take_turns(compare):
     order = [("TTT-Linear", "read"), ("Mamba2", "read")] * 4 + [("TTT-Linear", "decode"), ("Mamba2", "decode")] * 2
     assert [call[:2] for call in Stub.calls] == order
     assert len(result["read"]["Mamba2"]["32"]) == 2
-    assert len(result["limits"]) == 6
+    assert len(result["limits"]) == 12
 
 
 def test_a_model_that_does_not_fit_is_skipped_with_a_line(compare, monkeypatch):
@@ -271,9 +271,9 @@ def test_a_report_of_known_figures(compare):
     result, _ = compare([Stub("TTT-Linear", 0.5), Stub("Mamba2", 1.0)], [100, 1000], [100, 1000])
     text = report.text({"machine": MACHINE, "comparisons": [result], "seconds": 120})
     flops = models.prefill_flops(models.configuration("TTT-Linear", TINY), 1000)
-    assert f"2,000 ({0.5 / (flops / 1e11):.1f})" in text
+    assert f"2,000 ({0.5 / (flops / 1e11):.2f})" in text
     nbytes = 4 * models.parameters(models.configuration("TTT-Linear", TINY)) + 1e6
-    assert f"64.0 ({0.5 / 32 / (nbytes / 1e10):.1f})" in text
+    assert f"64.0 ({0.5 / 32 / (nbytes / 1e10):.2f})" in text
     lines = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| Mamba2")]
     assert ["2.00 (2.00…2.00)"] * 2 in [[cell.strip() for cell in line[1:]] for line in lines]
     assert "1 000 : 100" in text
