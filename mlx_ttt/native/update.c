@@ -46,6 +46,12 @@ TILE(1)
 static void multiply(size_t m, size_t n, size_t k, float scale, const float *a, size_t ai, size_t ap, const float *b,
                      size_t ldb, float *c, size_t ldc)
 {
+    if (m == 1) { /* b is read once, from its first element to its last */
+        for (size_t p = 0; p < k; p++)
+            for (size_t j = 0; j < n; j += LANES)
+                store(c + j, load(c + j) + scale * a[p * ap] * load(b + p * ldb + j));
+        return;
+    }
     float panel[k * PANEL], edge[4 * PANEL];
     for (size_t j = 0; j < n; j += PANEL) {
         const size_t columns = smaller(PANEL, n - j);

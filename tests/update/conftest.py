@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_ttt import native
 from mlx_ttt.update import metal
 from tests.metal_host import host_metal, why_unavailable
 
@@ -20,6 +21,7 @@ def kernels(request):
         pytest.skip(why_unavailable())
     with pytest.MonkeyPatch.context() as patch, host_metal() as launches:
         patch.setattr(metal, "available", lambda: True)
+        patch.setattr(native, "available", lambda tokens: False)  # a CPU's own code, which would pass them by
         forget_kernels()
         yield launches
         forget_kernels()
