@@ -18,8 +18,9 @@ import mlx.core as mx  # isort: skip
 
 from mlx_ttt.activations import gelu_times, silu_times
 from mlx_ttt.cpu import prepare
+from mlx_ttt.generation import PREFILL_STEP_SIZE
 
-TOKENS = 512  # that a prompt is read by
+TOKENS = PREFILL_STEP_SIZE
 ROUNDS = 15
 
 

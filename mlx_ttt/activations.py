@@ -9,6 +9,7 @@ import math
 import sys
 
 import mlx.core as mx
+import numpy as np
 
 from . import native
 
@@ -35,18 +36,18 @@ def silu(x: mx.array) -> mx.array:
 
 def silu_times(x: mx.array, y: mx.array) -> mx.array:
     """silu(x) y, [B, T, C]."""
-    return _activated(x, y, native.silu_times, lambda x, y: [silu(x) * y])
+    return native.either(x.shape[1], lambda x, y: _in_c(x, y, is_gelu=0), lambda x, y: silu(x) * y, x, y)
 
 
 def gelu_times(x: mx.array, y: mx.array) -> mx.array:
     """gelu(x) y, [B, T, C]."""
-    return _activated(x, y, native.gelu_times, lambda x, y: [gelu(x) * y])
+    return native.either(x.shape[1], lambda x, y: _in_c(x, y, is_gelu=1), lambda x, y: gelu(x) * y, x, y)
 
 
-def _activated(x, y, function, operations):
-    if not native.available(x.shape[1]):
-        return operations(x, y)[0]
-    return native.at_once(lambda x, y: [function(x, y)], operations, x, y)[0]
+def _in_c(x: np.ndarray, y: np.ndarray, is_gelu: int) -> np.ndarray:
+    z = np.empty_like(x)
+    native.call("mlx_ttt_activate", x, y, z, x.size, is_gelu)
+    return z
 
 
 def gelu(x: mx.array) -> mx.array:

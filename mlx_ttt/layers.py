@@ -15,6 +15,7 @@ import numpy as np
 from . import native
 from .activations import gelu_times, sigmoid, silu_times
 from .cache import TTTCache
+from .norms import LayerNorm, RMSNorm
 from .update import ttt_linear, ttt_mlp
 
 
@@ -30,9 +31,7 @@ class CausalConv1d(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """x: the inputs with the kernel - 1 before them, [B, kernel - 1 + T, C]; returns [B, T, C]."""
         T = x.shape[1] - self.weight.shape[1] + 1
-        if native.available(T):
-            return native.at_once(self._by_taps, lambda *a: [self._by_operations(*a)], x, self.weight, self.bias)[0]
-        return self._by_operations(x, self.weight, self.bias)
+        return native.either(T, self._in_c, self._by_operations, x, self.weight, self.bias)
 
     @staticmethod
     def _by_operations(x, weight, bias):
@@ -45,12 +44,12 @@ class CausalConv1d(nn.Module):
         return sum((x[:, i : i + T] * weight[i] for i in range(kernel)), bias)
 
     @staticmethod
-    def _by_taps(x, weight, bias):
+    def _in_c(x, weight, bias):
         B, T, C = x.shape[0], x.shape[1] - weight.shape[1] + 1, x.shape[2]
         y = np.empty((B, T, C), np.float32)
         taps = np.ascontiguousarray(weight[..., 0].T)  # [kernel, C]
         native.call("mlx_ttt_convolve", x, taps, bias, y, B, T, C, len(taps))
-        return [y]
+        return y
 
 
 class Conv(nn.Module):
@@ -59,7 +58,7 @@ class Conv(nn.Module):
     def __init__(self, args):
         super().__init__()
         self.kernel_size = args.conv_kernel
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.conv = CausalConv1d(args.hidden_size, args.conv_kernel)
 
     def add_history(self, cache: TTTCache) -> None:
@@ -102,9 +101,19 @@ class RoPE:
     @staticmethod
     def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
         """x [B, T, H, D], rotated in float32 and returned in its dtype."""
-        cos, sin = table
+        return native.either(x.shape[1], RoPE._in_c, RoPE._by_operations, x, *table)
+
+    @staticmethod
+    def _by_operations(x, cos, sin):
         swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
         return (x * cos + swapped * sin).astype(x.dtype)
+
+    @staticmethod
+    def _in_c(x, cos, sin):
+        B, T, H, D = x.shape
+        y = np.empty_like(x)
+        native.call("mlx_ttt_rotate", x, cos, sin, y, B * T, H, D, cos.size // D)
+        return y
 
 
 class TTT(nn.Module):
@@ -129,7 +138,7 @@ class TTT(nn.Module):
         if args.use_gate:
             self.g_proj = nn.Linear(C, C, bias=False)
         self.rope = RoPE(D, K, args.rope_theta)
-        self.post_norm = nn.LayerNorm(C, eps=1e-6)
+        self.post_norm = LayerNorm(C, eps=1e-6)
 
         self.learnable_ttt_lr_weight = mx.random.normal((H, 1, C), scale=0.02)
         self.learnable_ttt_lr_bias = mx.zeros((H, 1))

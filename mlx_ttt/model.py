@@ -12,9 +12,10 @@ from mlx_lm.models.base import BaseModelArgs
 from .cache import LayerState, RewindableTTTCache, TTTCache
 from .compiled_step import CompiledStep
 from .layers import TTT, Conv, SwiGLU
+from .norms import RMSNorm
 from .one_token import TokenReader
 
-_CPU_CHUNK = 512  # tokens that go through the layers at a time on a CPU: their activations stay in its caches
+_CPU_CHUNK = 1024  # tokens that go through the layers at a time on a CPU: of 256 to 4096 the fastest
 
 
 @dataclass
@@ -87,9 +88,9 @@ class Block(nn.Module):
         super().__init__()
         if args.pre_conv:
             self.conv = Conv(args)
-        self.seq_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.seq_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.seq_modeling_block = TTT(args)
-        self.ffn_norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.ffn_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.mlp = SwiGLU(args)
 
     def __call__(self, x: mx.array, cache: TTTCache | None = None) -> mx.array:

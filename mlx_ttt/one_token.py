@@ -18,8 +18,9 @@ import numpy as np
 from . import native
 from .cache import TTTCache
 from .native import LANES, values
+from .norms import LayerNorm, RMSNorm
 
-MOST = 8  # sequences: FEW of blas.c
+MOST = 15  # sequences: FEW of blas.c
 
 
 class _Unsupported(Exception):
@@ -160,17 +161,17 @@ def _block(parts: _Parts, block) -> _Block:
     ttt, mlp = parts.child(block, "seq_modeling_block"), parts.child(block, "mlp")
     views = {name: parts.weight(ttt, f"{name}_proj") for name in "qkvog" if f"{name}_proj" in ttt}
     views |= {name: parts.weight(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
-    views |= {name: parts.weight(block, name, nn.RMSNorm) for name in ("seq_norm", "ffn_norm")}
+    views |= {name: parts.weight(block, name, RMSNorm) for name in ("seq_norm", "ffn_norm")}
     convolutions = {name: (ttt, name) for name in ("conv_q", "conv_k") if name in ttt}
     if "conv" in block:
         before = parts.child(block, "conv")
-        views["conv_norm"] = parts.weight(before, "norm", nn.RMSNorm)
+        views["conv_norm"] = parts.weight(before, "norm", RMSNorm)
         convolutions["conv"] = before, "conv"
     for name, (container, key) in convolutions.items():
         conv = parts.child(container, key)
         views[name] = np.ascontiguousarray(parts.parameter(conv, "weight")[..., 0].T)  # [kernel, C]
         views[f"{name}_bias"] = parts.parameter(conv, "bias")
-    norm = parts.child(ttt, "post_norm", nn.LayerNorm)
+    norm = parts.child(ttt, "post_norm", LayerNorm)
     views |= {"post_norm": parts.parameter(norm, "weight"), "post_norm_bias": parts.parameter(norm, "bias")}
     views |= {"gamma": parts.parameter(ttt, "ttt_norm_weight"), "beta": parts.parameter(ttt, "ttt_norm_bias")}
     views |= {f"lr_{name}": parts.parameter(ttt, f"learnable_ttt_lr_{name}") for name in ("weight", "bias")}

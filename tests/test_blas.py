@@ -215,9 +215,9 @@ library = _blas.native()
 w, x = np.random.randn(600, 301).astype(np.float32), np.random.randn(3, 301).astype(np.float32)
 def check():
     y = np.empty((3, 600), np.float32)
-    at = [ctypes.c_void_p(a.ctypes.data) for a in (x, w, y)]
+    factor = (ctypes.c_size_t * 3)(600, w.ctypes.data, y.ctypes.data)
     for _ in range(20):
-        library.multiply_few(*map(ctypes.c_size_t, (3, 600, 301)), *at, ctypes.c_int(4))
+        library.multiply_few(*map(ctypes.c_size_t, (3, 301, x.ctypes.data)), 1, factor, 4)
         assert np.allclose(y, x @ w.T, atol=1e-3)
 check()
 child = os.fork()

@@ -1,4 +1,4 @@
-"""The causal convolution against NumPy in float64: in MLX operations for few tokens, in C for many."""
+"""The causal convolution and RoPE against NumPy in float64: in MLX operations for few tokens, in C for many."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_ttt.layers import CausalConv1d
+from mlx_ttt.layers import CausalConv1d, RoPE
 
 from .native import needs_native, without_native
 
@@ -61,3 +61,43 @@ def test_half_precision_in_and_out(dtype, spy):
     assert spy.taken() == {"convolve"} and y.dtype == dtype
     x, conv.weight, conv.bias = (a.astype(mx.float32) for a in (x, conv.weight, conv.bias))
     assert np.allclose(y.astype(mx.float32), exact(conv, x), rtol=1e-2, atol=1e-2)
+
+
+# RoPE
+
+THETA, K = 100.0, 5
+
+
+def rotated(x: mx.array, phase: list[int]) -> np.ndarray:
+    """Pairs as complex numbers, turned by their angle."""
+    x = np.array(x.astype(mx.float32), np.float64)
+    _, T, _, D = x.shape
+    slots = (np.array(phase)[:, None] + np.arange(T)) % K
+    turns = np.exp(1j * slots[..., None] * THETA ** (-np.arange(0, D, 2) / D))[:, :, None]  # [B, T, 1, D / 2]
+    return np.ascontiguousarray((x[..., ::2] + 1j * x[..., 1::2]) * turns).view(np.float64)
+
+
+@pytest.mark.parametrize("T", [1, 15, 16, 37, 700])
+@pytest.mark.parametrize("phase", [[0], [3], [2, 2], [4, 0, 1]], ids=str)
+def test_rotation_from_any_phase(phase, T):
+    for H, D in ((1, 2), (3, 6), (2, 16)):
+        rope, x = RoPE(D, K, THETA), mx.random.normal((len(phase), T, H, D))
+        assert np.allclose(rope.rotate(x, rope.table(phase, T)), rotated(x, phase), atol=1e-6)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_rotation_in_c_and_its_gradient(dtype, spy, monkeypatch):
+    rope, x = RoPE(8, K, THETA), mx.random.normal((2, 20, 3, 8)).astype(dtype)
+    table = rope.table([1, 4], 20)
+
+    def function(x):
+        return (rope.rotate(x, table).astype(mx.float32) * mx.arange(8)).square().sum()
+
+    y = rope.rotate(x, table)
+    found = mx.grad(function)(x)
+    mx.eval(y, found)
+    assert spy.taken() == {"rotate"} and y.dtype == dtype
+    assert np.allclose(y.astype(mx.float32), rotated(x, [1, 4]), atol={mx.float32: 1e-6}.get(dtype, 2e-2))
+    expected = without_native(monkeypatch, lambda: mx.grad(function)(x))
+    assert np.allclose(found.astype(mx.float32), expected.astype(mx.float32), rtol=1e-2, atol=1e-4)

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_ttt.model import Model
+from mlx_ttt.one_token import MOST
 
 from .native import needs_native, without_native
 from .test_model import configuration, largest_error, official_weights
@@ -252,13 +253,13 @@ def test_rewindable_caches_are_left_to_mlx(spy):
     assert "token" not in spy.taken()
 
 
-@pytest.mark.parametrize("B", [8, 9])
-def test_more_than_eight_sequences_are_left_to_mlx(B, spy, monkeypatch):
+@pytest.mark.parametrize("B", [MOST, MOST + 1])
+def test_more_sequences_than_that_are_left_to_mlx(B, spy, monkeypatch):
     model = build("linear", "111")
     cache = started(model, range(B))
     spy.taken()
     found = step(model, cache)
-    assert ("token" in spy.taken()) == (B == 8)
+    assert ("token" in spy.taken()) == (B == MOST)
     assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
 
 

@@ -27,6 +27,13 @@ def available(tokens: int) -> bool:
     return tokens >= SHORTEST and _blas.native() is not None and mx.default_device() == mx.cpu
 
 
+def either(tokens: int, in_c: Callable, operations: Callable, *arrays: mx.array) -> mx.array:
+    """operations(*arrays), one array, made by the function in C where so many tokens are worth it: see `at_once`."""
+    if not available(tokens):
+        return operations(*arrays)
+    return at_once(lambda *a: [in_c(*a)], lambda *a: [operations(*a)], *arrays)[0]
+
+
 def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequence[mx.array]:
     """What `function` makes of the arrays' values, now; by the same in MLX operations inside transformations.
 
@@ -64,24 +71,8 @@ def values(x: mx.array) -> np.ndarray:
     return np.ascontiguousarray(memoryview(x))
 
 
-def silu_times(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """silu(x) y."""
-    return _activated(x, y, 0)
-
-
-def gelu_times(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """gelu(x) y."""
-    return _activated(x, y, 1)
-
-
-def _activated(x, y, is_gelu):
-    z = np.empty_like(x)
-    call("mlx_ttt_activate", x, y, z, x.size, is_gelu)
-    return z
-
-
 def call(name: str, *arguments) -> None:
-    """Call a function of the library: arrays by address, integers, and the number of threads as the last argument."""
+    """Call a function of the library: arrays by address, numbers, and the number of threads as the last argument."""
     library = _blas.native()
     function = getattr(library, name)
     function.restype = None
@@ -91,4 +82,4 @@ def call(name: str, *arguments) -> None:
 def _argument(x):
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
-    return ctypes.c_size_t(x) if isinstance(x, int) else x
+    return {int: ctypes.c_size_t, float: ctypes.c_float}.get(type(x), lambda x: x)(x)

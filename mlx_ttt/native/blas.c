@@ -8,10 +8,10 @@
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 }; /* BLAS's numbers */
 enum {
-    FEW = 8,         /* rows */
-    LARGE = 1 << 17, /* elements of a matrix that is worth several threads */
-    PIECE = 1 << 14, /* elements of it that a thread takes at a time, at least, */
-    PIECES = 4       /* and into how many it is cut for each thread, at most */
+    FEW = 15,        /* rows */
+    LARGE = 1 << 17, /* elements of matrices that are worth several threads */
+    PIECE = 1 << 14, /* elements of them that a thread takes at a time, at least, */
+    PIECES = 4       /* and into how many they are cut for each thread, at most */
 };
 
 typedef void sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
@@ -23,8 +23,7 @@ struct product {
     const float *x, *w;
     float *y, alpha, beta;
     size_t ldx, ldw, ldy;
-    int m, n, k, transposed;
-    int width; /* columns of a piece */
+    int m, n, k;
 };
 
 static inline void put(const struct product *p, float *y, float s)
@@ -32,16 +31,18 @@ static inline void put(const struct product *p, float *y, float s)
     *y = p->alpha * s + (p->beta == 0 ? 0 : p->beta * *y);
 }
 
-/* Columns first ... last - 1 of y: four rows of w at a time, each along k. */
+/* Columns first ... last - 1 of y, for a transposed w: four of its rows at a time, a quarter of them apart. So memory
+   is read in four long streams, which the processor fetches ahead of time; four neighbours would end too soon. */
 static void along_rows(const struct product *p, int first, int last)
 {
-    const int k = p->k;
-    for (int i = 0; i < p->m; i++) {
-        const float *x = p->x + i * p->ldx;
-        for (int n = first; n < last; n += 4) {
-            const float *w0 = p->w + n * p->ldw; /* past the last row, the first again */
-            const float *w1 = n + 1 < last ? w0 + p->ldw : w0, *w2 = n + 2 < last ? w0 + 2 * p->ldw : w0;
-            const float *w3 = n + 3 < last ? w0 + 3 * p->ldw : w0;
+    const int k = p->k, part = (last - first + 3) / 4;
+    for (int n = first; n < first + part; n++) {
+        const float *w0 = p->w + n * p->ldw; /* past the last row, the first again */
+        const float *w1 = n + part < last ? w0 + part * p->ldw : w0;
+        const float *w2 = n + 2 * part < last ? w0 + 2 * part * p->ldw : w0;
+        const float *w3 = n + 3 * part < last ? w0 + 3 * part * p->ldw : w0;
+        for (int i = 0; i < p->m; i++) {
+            const float *x = p->x + i * p->ldx;
             vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0}, b0 = {0}, b1 = {0}, b2 = {0}, b3 = {0};
             int j = 0;
             for (; j + 2 * LANES <= k; j += 2 * LANES) {
@@ -54,21 +55,21 @@ static void along_rows(const struct product *p, int first, int last)
             float s[4] = {sum(a0 + b0), sum(a1 + b1), sum(a2 + b2), sum(a3 + b3)};
             for (; j < k; j++)
                 s[0] += x[j] * w0[j], s[1] += x[j] * w1[j], s[2] += x[j] * w2[j], s[3] += x[j] * w3[j];
-            for (int r = 0; r < 4 && n + r < last; r++)
-                put(p, p->y + i * p->ldy + n + r, s[r]);
+            for (int r = 0; r < 4 && n + r * part < last; r++)
+                put(p, p->y + i * p->ldy + n + r * part, s[r]);
         }
     }
 }
 
-/* The same, where a row of w is along n: 32 columns at a time, then single ones. */
-static void along_columns(const struct product *p, int first, int last)
+/* All of y, for a w that is not transposed: 32 columns at a time, then single ones. */
+static void along_columns(const struct product *p)
 {
     const int k = p->k;
     for (int i = 0; i < p->m; i++) {
         const float *x = p->x + i * p->ldx;
         float *y = p->y + i * p->ldy;
-        int n = first;
-        for (; n + 4 * LANES <= last; n += 4 * LANES) {
+        int n = 0;
+        for (; n + 4 * LANES <= p->n; n += 4 * LANES) {
             vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
             const float *w = p->w + n;
             for (int j = 0; j < k; j++, w += p->ldw) {
@@ -79,7 +80,7 @@ static void along_columns(const struct product *p, int first, int last)
             for (int r = 0; r < 4 * LANES; r++)
                 put(p, y + n + r, s[r / LANES][r % LANES]);
         }
-        for (; n < last; n++) {
+        for (; n < p->n; n++) {
             float s = 0;
             for (int j = 0; j < k; j++)
                 s += x[j] * p->w[j * p->ldw + n];
@@ -88,36 +89,63 @@ static void along_columns(const struct product *p, int first, int last)
     }
 }
 
+/* Products with transposed matrices, in pieces of so many elements. */
+struct products {
+    const struct product *p;
+    size_t size;
+};
+
+static int width(const struct products *all, const struct product *p) { return (all->size / p->k + 4) / 4 * 4; }
+
+static int pieces(const struct products *all, const struct product *p)
+{
+    return (p->n + width(all, p) - 1) / width(all, p);
+}
+
 static void piece(const void *context, int i)
 {
-    const struct product *p = context;
-    const int first = i * p->width, last = first + p->width;
-    along_rows(p, first, last < p->n ? last : p->n);
+    const struct products *all = context;
+    const struct product *p = all->p;
+    for (; i >= pieces(all, p); p++)
+        i -= pieces(all, p);
+    const int columns = width(all, p), first = i * columns;
+    along_rows(p, first, smaller(first + columns, p->n));
 }
 
-static void multiply(struct product p, int threads)
+static void multiply(int count, const struct product *p, int threads)
 {
-    const size_t size = (size_t)p.n * p.k / (PIECES * (threads > 0 ? threads : 1));
-    p.width = ((size > PIECE ? size : PIECE) / p.k + 4) / 4 * 4;
-    if (!p.transposed)
-        along_columns(&p, 0, p.n);
-    else if ((size_t)p.n * p.k < LARGE)
-        along_rows(&p, 0, p.n);
-    else
-        share(piece, &p, (p.n + p.width - 1) / p.width, threads);
+    size_t elements = 0;
+    for (int i = 0; i < count; i++)
+        elements += (size_t)p[i].n * p[i].k;
+    if (elements < LARGE || threads < 1)
+        threads = 1;
+    const size_t size = elements / (PIECES * threads);
+    const struct products all = {p, size > PIECE ? size : PIECE};
+    int n = 0;
+    for (int i = 0; i < count; i++)
+        n += pieces(&all, p + i);
+    share(piece, &all, n, threads);
 }
 
-void multiply_few(size_t m, size_t n, size_t k, const float *x, const float *w, float *y, int threads)
+void multiply_few(size_t m, size_t k, const float *x, int count, const struct factor *factors, int threads)
 {
-    multiply((struct product){x, w, y, 1, 0, k, k, n, m, n, k, 1, 0}, threads);
+    struct product products[count];
+    for (int i = 0; i < count; i++) {
+        const struct factor *f = factors + i;
+        products[i] = (struct product){x, f->w, f->y, 1, 0, k, k, f->n, m, f->n, k};
+    }
+    multiply(count, products, threads);
 }
 
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b,
                  int ldb, float beta, float *c, int ldc)
 {
-    const int few = m > 0 && m <= FEW && k > 0;
-    if (order == ROW_MAJOR && ta == NO_TRANS && (tb == NO_TRANS || tb == TRANS) && few)
-        multiply((struct product){a, b, c, alpha, beta, lda, ldb, ldc, m, n, k, tb == TRANS, 0}, num_threads());
+    const int few = m > 0 && m <= FEW && n > 0 && k > 0;
+    const struct product product = {a, b, c, alpha, beta, lda, ldb, ldc, m, n, k};
+    if (order == ROW_MAJOR && ta == NO_TRANS && tb == TRANS && few)
+        multiply(1, &product, num_threads());
+    else if (order == ROW_MAJOR && ta == NO_TRANS && tb == NO_TRANS && few)
+        along_columns(&product);
     else
         openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }

@@ -36,6 +36,44 @@ static inline float normalize(size_t n, float *z, float eps)
     return inv_std;
 }
 
+/* y [n] = weight x / rms(x). */
+static inline void rms_norm(size_t n, const float *x, const float *weight, float eps, float *y)
+{
+    float squares = 0;
+    for (size_t i = 0; i < n; i++)
+        squares += x[i] * x[i];
+    const float scale = 1 / __builtin_sqrtf(squares / n + eps);
+    for (size_t i = 0; i < n; i++)
+        y[i] = x[i] * scale * weight[i];
+}
+
+/* y [n] = weight (x - mean) / std + bias; y may be x. */
+static inline void layer_norm(size_t n, const float *x, const float *weight, const float *bias, float eps, float *y)
+{
+    float total = 0, squares = 0;
+    for (size_t i = 0; i < n; i++)
+        total += x[i];
+    const float mean = total / n;
+    for (size_t i = 0; i < n; i++)
+        squares += (x[i] - mean) * (x[i] - mean);
+    const float scale = 1 / __builtin_sqrtf(squares / n + eps);
+    for (size_t i = 0; i < n; i++)
+        y[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
+/* ---- RoPE ------------------------------------------------------------------------------------------------------- */
+
+/* Adjacent pairs of x [H, D], with factors [D]; y may be x. */
+static inline void rotate(size_t H, size_t D, const float *x, const float *cos, const float *sin, float *y)
+{
+    for (size_t h = 0; h < H; h++, x += D, y += D)
+        for (size_t d = 0; d < D; d += 2) {
+            const float a = x[d], b = x[d + 1];
+            y[d] = a * cos[d] + b * sin[d];
+            y[d + 1] = b * cos[d + 1] + a * sin[d + 1];
+        }
+}
+
 /* ---- Activations ------------------------------------------------------------------------------------------------ */
 
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
@@ -90,5 +128,10 @@ typedef void work(const void *context, int piece);
 /* Do all pieces in at most so many threads, this one among them. */
 void share(work *work, const void *context, int pieces, int threads);
 
-/* y [m, n] = x [m, k] w [n, k]^T for a few rows. */
-void multiply_few(size_t m, size_t n, size_t k, const float *x, const float *w, float *y, int threads);
+/* y_i [m, n_i] = x [m, k] w_i [n_i, k]^T for a few rows x and so many matrices, all of them in one go. */
+struct factor {
+    size_t n;
+    const float *w;
+    float *y;
+};
+void multiply_few(size_t m, size_t k, const float *x, int count, const struct factor *factors, int threads);

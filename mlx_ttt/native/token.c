@@ -24,16 +24,6 @@ struct state {
     float *W1, *b1, *W2, *b2, *rows;
 };
 
-static void rms_norm(size_t n, const float *x, const float *weight, float eps, float *y)
-{
-    float squares = 0;
-    for (size_t i = 0; i < n; i++)
-        squares += x[i] * x[i];
-    const float scale = 1 / __builtin_sqrtf(squares / n + eps);
-    for (size_t i = 0; i < n; i++)
-        y[i] = x[i] * scale * weight[i];
-}
-
 /* y [C], the convolution at x [C] and the kernel - 1 inputs before. */
 static void convolve(const struct block *p, const float *history, const float *x, const float *weight,
                      const float *bias, float *y)
@@ -53,18 +43,6 @@ static void remember(const struct block *p, float *history, const float *x)
         memmove(history, history + p->C, (n - 1) * size);
         memcpy(history + (n - 1) * p->C, x, size);
     }
-}
-
-/* Adjacent pairs of x [H, D]. */
-static void rotate(const struct block *p, size_t slot, float *x)
-{
-    const float *cos = p->cos + slot * p->D, *sin = p->sin + slot * p->D;
-    for (size_t h = 0; h < p->H; h++, x += p->D)
-        for (size_t d = 0; d < p->D; d += 2) {
-            const float a = x[d], b = x[d + 1];
-            x[d] = a * cos[d] + b * sin[d];
-            x[d + 1] = b * cos[d + 1] + a * sin[d + 1];
-        }
 }
 
 /* y = activation(x) y, [n]; n a multiple of 8. */
@@ -103,23 +81,21 @@ static void read_token(const struct block *p, const struct state *state, float *
 
     for (size_t b = 0; b < B; b++)
         rms_norm(C, x + b * C, p->seq_norm, p->rms_norm_eps, h + b * C);
-    multiply_few(B, C, C, h, p->v, v, threads);
-    multiply_few(B, H, C, h, p->lr_weight, lr, threads);
-    if (p->k) {
-        multiply_few(B, C, C, h, p->q, q, threads);
-        multiply_few(B, C, C, h, p->k, k, threads);
-    } else {
-        multiply_few(B, C, C, h, p->q, u, threads);
+    float *q_before = p->k ? q : u; /* the convolution */
+    const struct factor factors[] = {
+        {C, p->q, q_before}, {C, p->v, v}, {H, p->lr_weight, lr}, {p->k ? C : 0, p->k, k}, {p->g ? C : 0, p->g, g}};
+    multiply_few(B, C, h, 5, factors, threads);
+    if (!p->k)
         for (size_t b = 0; b < B; b++) {
             float *history = state->conv_qk + b * (p->kernel - 1) * C;
             convolve(p, history, u + b * C, p->conv_q, p->conv_q_bias, q + b * C);
             convolve(p, history, u + b * C, p->conv_k, p->conv_k_bias, k + b * C);
             remember(p, history, u + b * C);
         }
-    }
     for (size_t b = 0; b < B; b++) {
-        rotate(p, state->phase[b], q + b * C);
-        rotate(p, state->phase[b], k + b * C);
+        const float *cos = p->cos + state->phase[b] * p->D, *sin = p->sin + state->phase[b] * p->D;
+        rotate(H, p->D, q + b * C, cos, sin, q + b * C);
+        rotate(H, p->D, k + b * C, cos, sin, k + b * C);
         for (size_t i = 0; i < H; i++)
             lr[b * H + i] = p->base_lr / (1 + __builtin_expf(-lr[b * H + i] - p->lr_bias[i]));
         length[b] = 1;
@@ -129,25 +105,19 @@ static void read_token(const struct block *p, const struct state *state, float *
         .gamma = p->gamma, .beta = p->beta, .phase = state->phase, .length = length, .y = y,
         .W1 = state->W1, .b1 = state->b1, .W2 = state->W2, .b2 = state->b2, .rows = state->rows};
     mlx_ttt_update(&call, B, threads);
-    for (size_t b = 0; b < B; b++) {
-        normalize(C, y + b * C, p->post_norm_eps);
-        for (size_t i = 0; i < C; i++)
-            y[b * C + i] = y[b * C + i] * p->post_norm[i] + p->post_norm_bias[i];
-    }
-    if (p->g) {
-        multiply_few(B, C, C, h, p->g, g, threads);
+    for (size_t b = 0; b < B; b++)
+        layer_norm(C, y + b * C, p->post_norm, p->post_norm_bias, p->post_norm_eps, y + b * C);
+    if (p->g)
         gelu_times(n, g, y);
-    }
-    multiply_few(B, C, C, y, p->o, u, threads);
+    multiply_few(B, C, y, 1, &(struct factor){C, p->o, u}, threads);
     for (size_t i = 0; i < n; i++)
         x[i] += u[i];
 
     for (size_t b = 0; b < B; b++)
         rms_norm(C, x + b * C, p->ffn_norm, p->rms_norm_eps, h + b * C);
-    multiply_few(B, F, C, h, p->gate, gate, threads);
-    multiply_few(B, F, C, h, p->up, up, threads);
+    multiply_few(B, C, h, 2, (struct factor[]){{F, p->gate, gate}, {F, p->up, up}}, threads);
     silu_times(B * F, gate, up);
-    multiply_few(B, C, F, up, p->down, u, threads);
+    multiply_few(B, F, up, 1, &(struct factor){C, p->down, u}, threads);
     for (size_t i = 0; i < n; i++)
         x[i] += u[i];
     free(room);
