@@ -44,15 +44,13 @@ class TokenReader:
         None if it must do it itself.
         """
         B = ids.shape[0]
-        if B > MOST or not native.available(native.SHORTEST) or len(cache) != len(model.layers):
+        if B > MOST or not native.available() or len(cache) != len(model.layers):
             return None
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
         if (texts := self._going_on(cache)) is None and native.traced([(c.weights, c.rows, c.history) for c in cache]):
             return None
-        try:
-            mx.eval(ids)
-        except ValueError:  # inside mx.compile or mx.vmap nothing has a value
+        if not native.have_values(ids):
             return None
         if not self._parts.same() or (self._blocks is not None and len(self._blocks) != len(cache)):
             self._look(model)
@@ -90,10 +88,11 @@ class TokenReader:
 
 
 class _Parts:
-    """Modules and parameters by where they are; each can be replaced at any time, by training, say, or for LoRA."""
+    """What a model is made of, by where it is; all can be replaced at any time, by training, say, or for LoRA."""
 
     def __init__(self):
         self._seen: list[tuple] = []
+        self._without_bias: list[nn.Module] = []
         self._views: list[dict[str, np.ndarray]] = []
 
     def keep(self, views: dict[str, np.ndarray]) -> None:
@@ -103,9 +102,10 @@ class _Parts:
     def same(self) -> bool:
         """Whether all are still there. Not before there are any."""
         try:
-            return bool(self._seen) and all(container[key] is part for container, key, part in self._seen)
+            same = all(container[key] is part for container, key, part in self._seen)
         except LookupError:
             return False
+        return same and bool(self._seen) and not any("bias" in module for module in self._without_bias)
 
     def child(self, container, key, kind: type | None = None):
         """container[key], which must be of this kind, if one is named."""
@@ -127,9 +127,14 @@ class _Parts:
     def weight(self, container, key, kind: type = nn.Linear) -> np.ndarray:
         """The weight of a child that has nothing else."""
         module = self.child(container, key, kind)
+        self._without_bias.append(module)
         if "bias" in module:
             raise _Unsupported
         return self.parameter(module, "weight")
+
+    def setting(self, module: nn.Module, name: str):
+        """An attribute of a module that is no parameter."""
+        return self.child(vars(module), name)
 
 
 _POINTERS = (
@@ -161,12 +166,14 @@ def _block(parts: _Parts, block) -> _Block:
     ttt, mlp = parts.child(block, "seq_modeling_block"), parts.child(block, "mlp")
     views = {name: parts.weight(ttt, f"{name}_proj") for name in "qkvog" if f"{name}_proj" in ttt}
     views |= {name: parts.weight(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
-    views |= {name: parts.weight(block, name, RMSNorm) for name in ("seq_norm", "ffn_norm")}
+    rms_norms = {name: (block, name) for name in ("seq_norm", "ffn_norm")}
     convolutions = {name: (ttt, name) for name in ("conv_q", "conv_k") if name in ttt}
     if "conv" in block:
         before = parts.child(block, "conv")
-        views["conv_norm"] = parts.weight(before, "norm", RMSNorm)
+        rms_norms["conv_norm"] = before, "norm"
         convolutions["conv"] = before, "conv"
+    views |= {name: parts.weight(container, key, RMSNorm) for name, (container, key) in rms_norms.items()}
+    rms_norm_eps, *others = {parts.setting(container[key], "eps") for container, key in rms_norms.values()}
     for name, (container, key) in convolutions.items():
         conv = parts.child(container, key)
         views[name] = np.ascontiguousarray(parts.parameter(conv, "weight")[..., 0].T)  # [kernel, C]
@@ -176,15 +183,17 @@ def _block(parts: _Parts, block) -> _Block:
     views |= {"gamma": parts.parameter(ttt, "ttt_norm_weight"), "beta": parts.parameter(ttt, "ttt_norm_bias")}
     views |= {f"lr_{name}": parts.parameter(ttt, f"learnable_ttt_lr_{name}") for name in ("weight", "bias")}
     parts.parameter(ttt, "learnable_token_idx")
-    views |= {"t": values(ttt.token_factors()), "cos": values(ttt.rope.cos), "sin": values(ttt.rope.sin)}
+    rope = parts.setting(ttt, "rope")
+    views |= {"t": values(ttt.token_factors()), "cos": values(rope.cos), "sin": values(rope.sin)}
 
     (F, C), H, D, K = views["gate"].shape, ttt.num_heads, ttt.head_dim, ttt.mini_batch_size
-    if D % LANES or F % LANES:
+    if D % LANES or F % LANES or others:
         raise _Unsupported
     pointers = {name: view.ctypes.data for name, view in views.items()}
     parts.keep(views)
-    epsilons = {"rms_norm_eps": block.seq_norm.eps, "post_norm_eps": norm.eps}
-    return _Block(C, H, D, K, F, ttt.kernel_size, "W2" in ttt, base_lr=ttt.base_lr, **pointers, **epsilons)
+    epsilons = {"rms_norm_eps": rms_norm_eps, "post_norm_eps": parts.setting(norm, "eps")}
+    base_lr = parts.setting(ttt, "base_lr")
+    return _Block(C, H, D, K, F, ttt.kernel_size, "W2" in ttt, base_lr=base_lr, **pointers, **epsilons)
 
 
 class _Text:

@@ -8,7 +8,7 @@ import pytest
 from mlx_ttt import _blas, native
 
 needs_native = pytest.mark.skipif(
-    not native.available(native.SHORTEST),
+    not native.available(),
     reason="the code in C takes Linux, a CPU, OpenBLAS and a compiler" + f" ({_blas.advice()})" * bool(_blas.advice()),
 )
 
@@ -35,7 +35,7 @@ class Spy:
 def without_native(monkeypatch, function):
     """What the function returns, evaluated, where all goes through MLX operations."""
     with monkeypatch.context() as patch:
-        patch.setattr(native, "available", lambda tokens: False)
+        patch.setattr(native, "available", lambda: False)
         result = function()
         mx.eval(result)
     return result

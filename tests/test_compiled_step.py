@@ -49,7 +49,7 @@ class Switch:
         monkeypatch.setattr(compiled_step, "wanted", lambda: self.on)
         monkeypatch.setattr(compiled_step, "_step", traced)
         monkeypatch.setattr(compiled_step.CompiledStep, "read", counted)
-        monkeypatch.setattr(native, "available", lambda tokens: False)
+        monkeypatch.setattr(native, "available", lambda: False)
 
 
 @pytest.fixture

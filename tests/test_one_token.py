@@ -140,6 +140,40 @@ def test_every_parameter_can_be_replaced(kind, flags, spy, monkeypatch):
         model.model.load_weights([(name, parameter)], strict=False)
 
 
+def add_bias(model):
+    model.layers[0].mlp.up_proj.bias = mx.ones((40,))
+
+
+def change_eps(model):
+    for norm in (model.layers[0].conv.norm, model.layers[0].seq_norm, model.layers[0].ffn_norm):
+        norm.eps = 0.5
+
+
+def change_one_eps(model):
+    model.layers[1].ffn_norm.eps = 0.5
+
+
+def change_post_norm_eps(model):
+    model.layers[1].seq_modeling_block.post_norm.eps = 0.5
+
+
+def change_base_lr(model):
+    model.layers[0].seq_modeling_block.base_lr *= 3
+
+
+@pytest.mark.parametrize(
+    "change", [add_bias, change_eps, change_one_eps, change_post_norm_eps, change_base_lr], ids=lambda f: f.__name__
+)
+def test_every_setting_can_be_changed(change, monkeypatch):
+    model = build("linear", "111")
+    cache = started(model, (1, 2, 4))
+    before = step(model, cache)
+    change(model)
+    found = step(model, cache)
+    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    assert largest_error(found, before) > 1e-4
+
+
 def test_a_layer_can_be_added_or_taken_away(spy, monkeypatch):
     model = build("linear", "111")
     step(model, started(model))

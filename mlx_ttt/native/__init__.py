@@ -18,18 +18,23 @@ from mlx.utils import tree_flatten
 from .. import _blas
 from ..differentiable import differentiable
 
-SHORTEST = 16  # tokens worth it, where what they are made of is in MLX operations
+SHORTEST = 16  # tokens
 LANES = 8  # of native.h
 
 
-def available(tokens: int) -> bool:
-    """Whether so many tokens are to be read in C: this is a CPU, and the code is there."""
-    return tokens >= SHORTEST and _blas.native() is not None and mx.default_device() == mx.cpu
+def available() -> bool:
+    """Whether this is a CPU, and the code is there."""
+    return _blas.native() is not None and mx.default_device() == mx.cpu
+
+
+def worthwhile(tokens: int) -> bool:
+    """Whether so many tokens are to be read in C, where what they are made of is in MLX operations."""
+    return tokens >= SHORTEST and available()
 
 
 def either(tokens: int, in_c: Callable, operations: Callable, *arrays: mx.array) -> mx.array:
     """operations(*arrays), one array, made by the function in C where so many tokens are worth it: see `at_once`."""
-    if not available(tokens):
+    if not worthwhile(tokens):
         return operations(*arrays)
     return at_once(lambda *a: [in_c(*a)], lambda *a: [operations(*a)], *arrays)[0]
 
@@ -47,21 +52,24 @@ def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequ
         first, *others = map(mx.array, function(*map(values, arrays)))
         return [first.astype(arrays[0].dtype), *others]
 
+    return differentiable(by_function, operations)(*arrays) if have_values(arrays) else operations(*arrays)
+
+
+def have_values(arrays) -> bool:
+    """Computes them. Inside mx.compile or mx.vmap nothing has a value."""
     try:
         mx.eval(arrays)
-    except ValueError:  # inside mx.compile or mx.vmap nothing has a value
-        return operations(*arrays)
-    return differentiable(by_function, operations)(*arrays)
+    except ValueError:
+        return False
+    return True
 
 
 def traced(arrays) -> bool:
     """Whether one of these arrays is part of a transformation, so that nothing that is made of it may be lost."""
-    leaves, graph = [array for _, array in tree_flatten(arrays)], io.StringIO()
-    try:
-        mx.eval(leaves)
-    except ValueError:  # inside mx.compile or mx.vmap nothing has a value
+    if not have_values(arrays):
         return True
-    mx.export_to_dot(graph, *leaves)
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *(array for _, array in tree_flatten(arrays)))
     return "label" in graph.getvalue()  # evaluated arrays forget what made them, unless a gradient is to be taken
 
 

@@ -15,7 +15,7 @@ from . import dual
 def supports(q: mx.array) -> bool:
     """Whether tokens like q [B, T, H, D] are read in C."""
     _, T, _, D = q.shape
-    return native.available(T) and D % native.LANES == 0
+    return native.worthwhile(T) and D % native.LANES == 0
 
 
 def ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths=None):
