@@ -8,6 +8,8 @@ go through MLX operations.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import operator
 import weakref
 from collections.abc import Sequence
 
@@ -61,13 +63,12 @@ class TokenReader:
             self._texts = list(map(weakref.ref, texts))  # they belong to the caches
         for text in texts:
             text.prepare()
-        x = self._embedding[np.array(ids[:, 0])]
+        x = self._embedding[np.array(memoryview(ids))[:, 0]]
         states = (_State * len(texts))(*(text.pointers for text in texts))
-        native.call("mlx_ttt_token", self._blocks, states, len(states), x, B)
-        for text, c in zip(texts, cache, strict=True):
-            text.advance()
+        native.call("mlx_ttt_token", self._blocks, states, len(states), self._norm, self._norm_eps, x, B)
+        for c in cache:
             c.advance()
-        return mx.fast.rms_norm(mx.array(x[:, None]), model.norm.weight, model.norm.eps)
+        return mx.array(x[:, None])
 
     def _going_on(self, cache: Sequence[TTTCache]) -> list[_Text] | None:
         """The states of these caches if they are as the last token left them."""
@@ -79,7 +80,8 @@ class TokenReader:
         self._parts, self._blocks = _Parts(), None
         try:
             self._embedding = self._parts.weight(model, "embed_tokens", nn.Embedding)
-            self._parts.weight(model, "norm", nn.RMSNorm)
+            self._norm = self._parts.weight(model, "norm", nn.RMSNorm)
+            self._norm_eps = self._parts.setting(model.norm, "eps")
             blocks = self._parts.child(model, "layers", list)
             blocks = [_block(self._parts, self._parts.child(blocks, i)) for i in range(len(blocks))]
             self._blocks = (_Block * len(blocks))(*blocks)
@@ -91,7 +93,7 @@ class _Parts:
     """What a model is made of, by where it is; all can be replaced at any time, by training, say, or for LoRA."""
 
     def __init__(self):
-        self._seen: list[tuple] = []
+        self._seen: tuple[list, list, list] = [], [], []  # containers, keys, parts
         self._without_bias: list[nn.Module] = []
         self._views: list[dict[str, np.ndarray]] = []
 
@@ -101,16 +103,18 @@ class _Parts:
 
     def same(self) -> bool:
         """Whether all are still there. Not before there are any."""
+        containers, keys, parts = self._seen
         try:
-            same = all(container[key] is part for container, key, part in self._seen)
+            same = all(map(operator.is_, map(operator.getitem, containers, keys), parts))
         except LookupError:
             return False
-        return same and bool(self._seen) and not any("bias" in module for module in self._without_bias)
+        return same and bool(parts) and not any(map(operator.contains, self._without_bias, itertools.repeat("bias")))
 
     def child(self, container, key, kind: type | None = None):
         """container[key], which must be of this kind, if one is named."""
         part = container[key]
-        self._seen.append((container, key, part))
+        for seen, value in zip(self._seen, (container, key, part), strict=True):
+            seen.append(value)
         if kind is not None and type(part) is not kind:
             raise _Unsupported
         return part
@@ -120,7 +124,7 @@ class _Parts:
         if array.dtype != mx.float32:
             raise _Unsupported
         if native.traced([array]):
-            self._seen.clear()  # until it is over
+            self._seen = [], [], []  # until it is over
             raise _Unsupported
         return values(array)
 
@@ -219,10 +223,6 @@ class _Text:
         if self._kept is not None and (self._phase + 1 == self._mini_batch_size).any():
             self._kept, self._weights = None, [array.copy() for array in self._weights]
             self.pointers = self._point()
-
-    def advance(self) -> None:
-        """After it."""
-        self._phase[:] = (self._phase + 1) % self._mini_batch_size
 
     def state(self) -> dict:
         """What the cache asks for."""

@@ -153,6 +153,10 @@ def change_one_eps(model):
     model.layers[1].ffn_norm.eps = 0.5
 
 
+def change_last_eps(model):
+    model.model.norm.eps = 0.5
+
+
 def change_post_norm_eps(model):
     model.layers[1].seq_modeling_block.post_norm.eps = 0.5
 
@@ -162,7 +166,9 @@ def change_base_lr(model):
 
 
 @pytest.mark.parametrize(
-    "change", [add_bias, change_eps, change_one_eps, change_post_norm_eps, change_base_lr], ids=lambda f: f.__name__
+    "change",
+    [add_bias, change_eps, change_one_eps, change_last_eps, change_post_norm_eps, change_base_lr],
+    ids=lambda f: f.__name__,
 )
 def test_every_setting_can_be_changed(change, monkeypatch):
     model = build("linear", "111")

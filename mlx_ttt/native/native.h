@@ -36,7 +36,7 @@ static inline float normalize(size_t n, float *z, float eps)
     return inv_std;
 }
 
-/* y [n] = weight x / rms(x). */
+/* y [n] = weight x / rms(x); y may be x. */
 static inline void rms_norm(size_t n, const float *x, const float *weight, float eps, float *y)
 {
     float squares = 0;

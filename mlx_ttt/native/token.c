@@ -19,7 +19,7 @@ struct block {
 
 /* What a layer remembers of B sequences, to be written. */
 struct state {
-    const int32_t *phase;
+    int32_t *phase;
     float *conv, *conv_qk; /* the inputs before, [B, kernel - 1, C] */
     float *W1, *b1, *W2, *b2, *rows;
 };
@@ -120,13 +120,18 @@ static void read_token(const struct block *p, const struct state *state, float *
     multiply_few(B, F, up, 1, &(struct factor){C, p->down, u}, threads);
     for (size_t i = 0; i < n; i++)
         x[i] += u[i];
+    for (size_t b = 0; b < B; b++)
+        state->phase[b] = (state->phase[b] + 1) % p->K;
     free(room);
 }
 
-/* The same through so many blocks, one after the other. */
-void mlx_ttt_token(const struct block *blocks, const struct state *states, size_t layers, float *x, size_t B,
-                   int threads)
+/* The same through so many blocks, one after the other, and the last norm. */
+void mlx_ttt_token(const struct block *blocks, const struct state *states, size_t layers, const float *norm, float eps,
+                   float *x, size_t B, int threads)
 {
     for (size_t i = 0; i < layers; i++)
         read_token(blocks + i, states + i, x, B, threads);
+    const size_t C = blocks->C;
+    for (size_t b = 0; b < B; b++)
+        rms_norm(C, x + b * C, norm, eps, x + b * C);
 }
