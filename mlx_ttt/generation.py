@@ -31,7 +31,7 @@ from .decoding import Decoder, PlainDecoder, SpeculativeDecoder
 from .errors import CheckpointError, OutputError, PromptError, StateError
 from .model import Model
 
-PREFILL_STEP_SIZE = 1024  # tokens per call while reading a prompt: bounds memory
+PREFILL_STEP_SIZE = 512  # tokens per call while reading a prompt: bounds memory
 NUM_DRAFT_TOKENS = 3
 _CONTEXT = 8  # tokens of text that the detokenizer is shown: more than a UTF-8 character has bytes
 
