@@ -15,6 +15,7 @@ from .protocol import serve
 BYTES = 1 << 29  # more than caches hold
 COLUMNS = 4096
 REPETITIONS = 3
+PAUSE = 0.1  # seconds: so long the threads of any BLAS may wait for more work, each busy on a core
 
 
 class Limits:
@@ -50,6 +51,7 @@ class Limits:
 
 def _fastest(function) -> float:
     """Seconds."""
+    time.sleep(PAUSE)
     times = []
     for _ in range(REPETITIONS):
         start = time.perf_counter()

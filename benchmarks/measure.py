@@ -26,7 +26,7 @@ class Effort:
     rounds: int = 5
     budget: float = 60
     patience: float = 120
-    decode_tokens: int = 32
+    decode_tokens: int = 64
 
 
 @dataclass(eq=False)
@@ -159,7 +159,7 @@ class Comparison:
                 break
             for contender, lengths in list(turns):
                 try:
-                    for tokens in lengths:
+                    for tokens in lengths if rounds % 2 == 0 else lengths[::-1]:  # none always comes first
                         answer = run(contender, tokens)
                         self._record(what, contender, tokens, answer | {"limits": self.limits.call("measure")})
                 except WorkerError as error:
