@@ -22,7 +22,7 @@ SLOW = (
     "matrix products run on MLX's slow built-in BLAS: install OpenBLAS (Debian, Ubuntu: apt install libopenblas0)"
     " and import mlx_ttt before mlx"
 )
-NOT_COMPILED = "with a C compiler (Debian, Ubuntu: apt install gcc) this would be two to three times as fast"
+NOT_COMPILED = "with a C compiler (Debian, Ubuntu: apt install gcc) this would be two to four times as fast"
 # Sums in any order, as -ffast-math has them; but that also makes gcc before 13 switch the whole process to numbers
 # without denormals, and gives infinities up.
 _MATH = ("-fassociative-math", "-freciprocal-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
