@@ -224,8 +224,10 @@ def test_a_state_is_as_large_as_it_says_and_stays_as_it_was():
 def test_other_states_do_not_count_in_peak_memory():
     model = Model(models.configuration("Transformer", TINY), "float32")
     alone = model.read(64)["peak_bytes"]
-    model.decode(20_000, 1)  # 5 MB of keys and values, more than all else
-    assert model.read(64)["peak_bytes"] < alone + 100_000
+    other = model.decode(20_000, 1)["state_bytes"]
+    assert other > 5e6
+    # Which intermediates are there together depends on the threads: 0.3 MB at most.
+    assert model.read(64)["peak_bytes"] < alone + other / 5
 
 
 def test_keys_and_values_need_not_be_read():
