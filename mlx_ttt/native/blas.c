@@ -1,5 +1,5 @@
-/* cblas_sgemm for MLX on a Linux CPU: a few rows times a matrix, which is what decoding a token is made of, and all else
-   by OpenBLAS, in front of which this stands.
+/* cblas_sgemm for MLX on a Linux CPU: a few rows times a transposed matrix, which is what decoding a token is made of,
+   and all else by OpenBLAS, in front of which this stands.
 
    OpenBLAS copies a matrix before it multiplies by it, even one row; so a token costs two to three times what reading
    the weights does. Here the matrix is read once: a large one in all threads, a small one by the caller alone. */
@@ -18,7 +18,7 @@ typedef void sgemm(int, int, int, int, int, int, float, const float *, int, cons
 static sgemm *openblas;
 static int (*num_threads)(void);
 
-/* y [m, n] = alpha x [m, k] w + beta y, all in rows; w is [k, n], or [n, k] if transposed. */
+/* y [m, n] = alpha x [m, k] w [n, k]^T + beta y, all in rows. */
 struct product {
     const float *x, *w;
     float *y, alpha, beta;
@@ -31,9 +31,9 @@ static inline void put(const struct product *p, float *y, float s)
     *y = p->alpha * s + (p->beta == 0 ? 0 : p->beta * *y);
 }
 
-/* Columns first ... last - 1 of y, for a transposed w: four of its rows at a time, a quarter of them apart. So memory
-   is read in four long streams, which the processor fetches ahead of time; four neighbours would end too soon. */
-static void along_rows(const struct product *p, int first, int last)
+/* Columns first ... last - 1 of y: four rows of w at a time, a quarter of them apart. So memory is read in four long
+   streams, which the processor fetches ahead of time; four neighbours would end too soon. */
+static void some_columns(const struct product *p, int first, int last)
 {
     const int k = p->k, part = (last - first + 3) / 4;
     for (int n = first; n < first + part; n++) {
@@ -61,35 +61,7 @@ static void along_rows(const struct product *p, int first, int last)
     }
 }
 
-/* All of y, for a w that is not transposed: 32 columns at a time, then single ones. */
-static void along_columns(const struct product *p)
-{
-    const int k = p->k;
-    for (int i = 0; i < p->m; i++) {
-        const float *x = p->x + i * p->ldx;
-        float *y = p->y + i * p->ldy;
-        int n = 0;
-        for (; n + 4 * LANES <= p->n; n += 4 * LANES) {
-            vec s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-            const float *w = p->w + n;
-            for (int j = 0; j < k; j++, w += p->ldw) {
-                s0 += x[j] * load(w), s1 += x[j] * load(w + LANES);
-                s2 += x[j] * load(w + 2 * LANES), s3 += x[j] * load(w + 3 * LANES);
-            }
-            const vec s[4] = {s0, s1, s2, s3};
-            for (int r = 0; r < 4 * LANES; r++)
-                put(p, y + n + r, s[r / LANES][r % LANES]);
-        }
-        for (; n < p->n; n++) {
-            float s = 0;
-            for (int j = 0; j < k; j++)
-                s += x[j] * p->w[j * p->ldw + n];
-            put(p, y + n, s);
-        }
-    }
-}
-
-/* Products with transposed matrices, in pieces of so many elements. */
+/* Products, in pieces of so many elements of w. */
 struct products {
     const struct product *p;
     size_t size;
@@ -109,7 +81,7 @@ static void piece(const void *context, int i)
     for (; i >= pieces(all, p); p++)
         i -= pieces(all, p);
     const int columns = width(all, p), first = i * columns;
-    along_rows(p, first, smaller(first + columns, p->n));
+    some_columns(p, first, smaller(first + columns, p->n));
 }
 
 static void multiply(int count, const struct product *p, int threads)
@@ -140,12 +112,9 @@ void multiply_few(size_t m, size_t k, const float *x, int count, const struct fa
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda, const float *b,
                  int ldb, float beta, float *c, int ldc)
 {
-    const int few = m > 0 && m <= FEW && n > 0 && k > 0;
     const struct product product = {a, b, c, alpha, beta, lda, ldb, ldc, m, n, k};
-    if (order == ROW_MAJOR && ta == NO_TRANS && tb == TRANS && few)
+    if (order == ROW_MAJOR && ta == NO_TRANS && tb == TRANS && m > 0 && m <= FEW && n > 0 && k > 0)
         multiply(1, &product, num_threads());
-    else if (order == ROW_MAJOR && ta == NO_TRANS && tb == NO_TRANS && few)
-        along_columns(&product);
     else
         openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
