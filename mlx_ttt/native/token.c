@@ -58,71 +58,119 @@ static void silu_times(size_t n, const float *x, float *y)
         store(y + i, silu(load(x + i)) * load(y + i));
 }
 
+/* Room for what becomes of B tokens in a block. */
+struct room {
+    float *h, *u, *q, *k, *v, *y, *g; /* [B, C] */
+    float *gate, *up;                 /* [B, intermediate] */
+    float *lr;                        /* [B, H] */
+    int32_t *length;                  /* [B] */
+};
+
+/* To be freed at h. */
+static struct room make_room(const struct block *p, size_t B)
+{
+    const size_t n = B * p->C, m = B * p->intermediate, rates = B * p->H;
+    float *h = malloc((7 * n + 2 * m + rates + B) * sizeof *h);
+    if (!h)
+        abort();
+    float *gate = h + 7 * n, *lr = gate + 2 * m;
+    return (struct room){h, h + n, h + 2 * n, h + 3 * n, h + 4 * n, h + 5 * n, h + 6 * n, gate, gate + m,
+                         lr, (int32_t *)(lr + rates)};
+}
+
+static void add(size_t n, const float *x, float *y)
+{
+    for (size_t i = 0; i < n; i++)
+        y[i] += x[i];
+}
+
+static void normed(const struct block *p, const float *x, const float *weight, float *y, size_t B)
+{
+    for (size_t b = 0; b < B; b++)
+        rms_norm(p->C, x + b * p->C, weight, p->rms_norm_eps, y + b * p->C);
+}
+
+/* The convolution in front. */
+static void pre_conv(const struct block *p, const struct state *state, const struct room *r, float *x, size_t B)
+{
+    const size_t C = p->C;
+    normed(p, x, p->conv_norm, r->h, B);
+    for (size_t b = 0; b < B; b++) {
+        float *history = state->conv + b * (p->kernel - 1) * C;
+        convolve(p, history, r->h + b * C, p->conv, p->conv_bias, r->u + b * C);
+        remember(p, history, r->h + b * C);
+    }
+    add(B * C, r->u, x);
+}
+
+static void queries_and_keys(const struct block *p, const struct state *state, const struct room *r, size_t B)
+{
+    const size_t C = p->C, H = p->H, D = p->D;
+    for (size_t b = 0; b < B; b++) {
+        float *q = r->q + b * C, *k = r->k + b * C;
+        if (!p->k) { /* both from the shared projection */
+            const float *qk = r->u + b * C;
+            float *history = state->conv_qk + b * (p->kernel - 1) * C;
+            convolve(p, history, qk, p->conv_q, p->conv_q_bias, q);
+            convolve(p, history, qk, p->conv_k, p->conv_k_bias, k);
+            remember(p, history, qk);
+        }
+        const float *cos = p->cos + state->phase[b] * D, *sin = p->sin + state->phase[b] * D;
+        rotate(H, D, q, cos, sin, q);
+        rotate(H, D, k, cos, sin, k);
+    }
+}
+
+static void ttt(const struct block *p, const struct state *state, const struct room *r, float *x, size_t B, int threads)
+{
+    const size_t C = p->C, H = p->H;
+    normed(p, x, p->seq_norm, r->h, B);
+    const struct factor factors[] = {{C, p->q, p->k ? r->q : r->u}, {C, p->v, r->v},
+                                     {H, p->lr_weight, r->lr},      {p->k ? C : 0, p->k, r->k},
+                                     {p->g ? C : 0, p->g, r->g}};
+    multiply_few(B, C, r->h, 5, factors, threads);
+    queries_and_keys(p, state, r, B);
+    for (size_t b = 0; b < B; b++) {
+        for (size_t i = 0; i < H; i++)
+            r->lr[b * H + i] = p->base_lr / (1 + __builtin_expf(-r->lr[b * H + i] - p->lr_bias[i]));
+        r->length[b] = 1;
+    }
+    const struct call call = {
+        .mlp = p->mlp, .T = 1, .H = H, .D = p->D, .K = p->K, .q = r->q, .k = r->k, .v = r->v, .lr = r->lr, .t = p->t,
+        .gamma = p->gamma, .beta = p->beta, .phase = state->phase, .length = r->length, .y = r->y,
+        .W1 = state->W1, .b1 = state->b1, .W2 = state->W2, .b2 = state->b2, .rows = state->rows};
+    mlx_ttt_update(&call, B, threads);
+    for (size_t b = 0; b < B; b++) {
+        float *y = r->y + b * C;
+        layer_norm(C, y, p->post_norm, p->post_norm_bias, p->post_norm_eps, y);
+    }
+    if (p->g)
+        gelu_times(B * C, r->g, r->y);
+    multiply_few(B, C, r->y, 1, &(struct factor){C, p->o, r->u}, threads);
+    add(B * C, r->u, x);
+}
+
+static void feed_forward(const struct block *p, const struct room *r, float *x, size_t B, int threads)
+{
+    const size_t C = p->C, F = p->intermediate;
+    normed(p, x, p->ffn_norm, r->h, B);
+    multiply_few(B, C, r->h, 2, (struct factor[]){{F, p->gate, r->gate}, {F, p->up, r->up}}, threads);
+    silu_times(B * F, r->gate, r->up);
+    multiply_few(B, F, r->up, 1, &(struct factor){C, p->down, r->u}, threads);
+    add(B * C, r->u, x);
+}
+
 /* x [B, C], the block's input and, when it returns, its output. All sizes but H, K and kernel are multiples of 8. */
 static void read_token(const struct block *p, const struct state *state, float *x, size_t B, int threads)
 {
-    const size_t C = p->C, H = p->H, F = p->intermediate, n = B * C;
-    float *room = calloc(1, B * (7 * C + 2 * F + H + 1) * sizeof *room);
-    if (!room)
-        abort();
-    float *h = room, *u = h + n, *q = u + n, *k = q + n, *v = k + n, *y = v + n, *g = y + n;
-    float *gate = g + n, *up = gate + B * F, *lr = up + B * F;
-    int32_t *length = (int32_t *)(lr + B * H);
-
+    const struct room room = make_room(p, B);
     if (p->conv)
-        for (size_t b = 0; b < B; b++) {
-            float *history = state->conv + b * (p->kernel - 1) * C;
-            rms_norm(C, x + b * C, p->conv_norm, p->rms_norm_eps, h);
-            convolve(p, history, h, p->conv, p->conv_bias, u);
-            remember(p, history, h);
-            for (size_t i = 0; i < C; i++)
-                x[b * C + i] += u[i];
-        }
-
-    for (size_t b = 0; b < B; b++)
-        rms_norm(C, x + b * C, p->seq_norm, p->rms_norm_eps, h + b * C);
-    float *q_before = p->k ? q : u; /* the convolution */
-    const struct factor factors[] = {
-        {C, p->q, q_before}, {C, p->v, v}, {H, p->lr_weight, lr}, {p->k ? C : 0, p->k, k}, {p->g ? C : 0, p->g, g}};
-    multiply_few(B, C, h, 5, factors, threads);
-    if (!p->k)
-        for (size_t b = 0; b < B; b++) {
-            float *history = state->conv_qk + b * (p->kernel - 1) * C;
-            convolve(p, history, u + b * C, p->conv_q, p->conv_q_bias, q + b * C);
-            convolve(p, history, u + b * C, p->conv_k, p->conv_k_bias, k + b * C);
-            remember(p, history, u + b * C);
-        }
-    for (size_t b = 0; b < B; b++) {
-        const float *cos = p->cos + state->phase[b] * p->D, *sin = p->sin + state->phase[b] * p->D;
-        rotate(H, p->D, q + b * C, cos, sin, q + b * C);
-        rotate(H, p->D, k + b * C, cos, sin, k + b * C);
-        for (size_t i = 0; i < H; i++)
-            lr[b * H + i] = p->base_lr / (1 + __builtin_expf(-lr[b * H + i] - p->lr_bias[i]));
-        length[b] = 1;
-    }
-    const struct call call = {
-        .mlp = p->mlp, .T = 1, .H = H, .D = p->D, .K = p->K, .q = q, .k = k, .v = v, .lr = lr, .t = p->t,
-        .gamma = p->gamma, .beta = p->beta, .phase = state->phase, .length = length, .y = y,
-        .W1 = state->W1, .b1 = state->b1, .W2 = state->W2, .b2 = state->b2, .rows = state->rows};
-    mlx_ttt_update(&call, B, threads);
-    for (size_t b = 0; b < B; b++)
-        layer_norm(C, y + b * C, p->post_norm, p->post_norm_bias, p->post_norm_eps, y + b * C);
-    if (p->g)
-        gelu_times(n, g, y);
-    multiply_few(B, C, y, 1, &(struct factor){C, p->o, u}, threads);
-    for (size_t i = 0; i < n; i++)
-        x[i] += u[i];
-
-    for (size_t b = 0; b < B; b++)
-        rms_norm(C, x + b * C, p->ffn_norm, p->rms_norm_eps, h + b * C);
-    multiply_few(B, C, h, 2, (struct factor[]){{F, p->gate, gate}, {F, p->up, up}}, threads);
-    silu_times(B * F, gate, up);
-    multiply_few(B, F, up, 1, &(struct factor){C, p->down, u}, threads);
-    for (size_t i = 0; i < n; i++)
-        x[i] += u[i];
+        pre_conv(p, state, &room, x, B);
+    ttt(p, state, &room, x, B, threads);
+    feed_forward(p, &room, x, B, threads);
     for (size_t b = 0; b < B; b++)
         state->phase[b] = (state->phase[b] + 1) % p->K;
-    free(room);
+    free(room.h);
 }
 
 /* The same through so many blocks, one after the other, and the last norm. */
