@@ -36,12 +36,16 @@ def silu(x: mx.array) -> mx.array:
 
 def silu_times(x: mx.array, y: mx.array) -> mx.array:
     """silu(x) y, [B, T, C]."""
-    return native.either(x.shape[1], lambda x, y: _in_c(x, y, is_gelu=0), lambda x, y: silu(x) * y, x, y)
+    return native.either(_are_for_c(x, y), lambda x, y: _in_c(x, y, is_gelu=0), lambda x, y: silu(x) * y, x, y)
 
 
 def gelu_times(x: mx.array, y: mx.array) -> mx.array:
     """gelu(x) y, [B, T, C]."""
-    return native.either(x.shape[1], lambda x, y: _in_c(x, y, is_gelu=1), lambda x, y: gelu(x) * y, x, y)
+    return native.either(_are_for_c(x, y), lambda x, y: _in_c(x, y, is_gelu=1), lambda x, y: gelu(x) * y, x, y)
+
+
+def _are_for_c(x: mx.array, y: mx.array) -> bool:
+    return x.ndim == 3 and x.shape == y.shape and native.worthwhile(x.shape[1])
 
 
 def _in_c(x: np.ndarray, y: np.ndarray, is_gelu: int) -> np.ndarray:

@@ -30,8 +30,10 @@ class CausalConv1d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """x: the inputs with the kernel - 1 before them, [B, kernel - 1 + T, C]; returns [B, T, C]."""
-        T = x.shape[1] - self.weight.shape[1] + 1
-        return native.either(T, self._in_c, self._by_operations, x, self.weight, self.bias)
+        kernel, C = self.weight.shape[1], x.shape[2]
+        fit = self.weight.shape == (C, kernel, 1) and self.bias.shape == (C,)
+        in_c = fit and native.worthwhile(x.shape[1] - kernel + 1)
+        return native.either(in_c, self._in_c, self._by_operations, x, self.weight, self.bias)
 
     @staticmethod
     def _by_operations(x, weight, bias):
@@ -101,12 +103,15 @@ class RoPE:
     @staticmethod
     def rotate(x: mx.array, table: tuple[mx.array, mx.array]) -> mx.array:
         """x [B, T, H, D], rotated in float32 and returned in its dtype."""
-        return native.either(x.shape[1], RoPE._in_c, RoPE._by_operations, x, *table)
+        B, T, _, D = x.shape
+        fit = D % 2 == 0 and all(factors.shape in ((1, T, 1, D), (B, T, 1, D)) for factors in table)
+        in_c = fit and table[0].shape == table[1].shape and native.worthwhile(T)
+        return native.either(in_c, RoPE._in_c, RoPE._by_operations, x, *table).astype(x.dtype)
 
     @staticmethod
     def _by_operations(x, cos, sin):
         swapped = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
-        return (x * cos + swapped * sin).astype(x.dtype)
+        return x * cos + swapped * sin
 
     @staticmethod
     def _in_c(x, cos, sin):

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_ttt.activations import gelu_times, silu_times
 from mlx_ttt.layers import CausalConv1d, RoPE
 
 from .native import needs_native, without_native
@@ -68,12 +69,13 @@ def test_half_precision_in_and_out(dtype, spy):
 THETA, K = 100.0, 5
 
 
-def rotated(x: mx.array, phase: list[int]) -> np.ndarray:
+def rotated(x: mx.array, phase: list[int], back: bool = False) -> np.ndarray:
     """Pairs as complex numbers, turned by their angle."""
     x = np.array(x.astype(mx.float32), np.float64)
     _, T, _, D = x.shape
     slots = (np.array(phase)[:, None] + np.arange(T)) % K
     turns = np.exp(1j * slots[..., None] * THETA ** (-np.arange(0, D, 2) / D))[:, :, None]  # [B, T, 1, D / 2]
+    turns = turns.conj() if back else turns
     return np.ascontiguousarray((x[..., ::2] + 1j * x[..., 1::2]) * turns).view(np.float64)
 
 
@@ -87,17 +89,33 @@ def test_rotation_from_any_phase(phase, T):
 
 @needs_native
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_rotation_in_c_and_its_gradient(dtype, spy, monkeypatch):
-    rope, x = RoPE(8, K, THETA), mx.random.normal((2, 20, 3, 8)).astype(dtype)
-    table = rope.table([1, 4], 20)
-
-    def function(x):
-        return (rope.rotate(x, table).astype(mx.float32) * mx.arange(8)).square().sum()
-
+def test_rotation_in_c_and_its_gradient(dtype, spy):
+    rope, phase = RoPE(8, K, THETA), [1, 4]
+    x, factors = (mx.random.normal((2, 20, 3, 8)).astype(dtype) for _ in range(2))
+    table = rope.table(phase, 20)
     y = rope.rotate(x, table)
-    found = mx.grad(function)(x)
-    mx.eval(y, found)
-    assert spy.taken() == {"rotate"} and y.dtype == dtype
-    assert np.allclose(y.astype(mx.float32), rotated(x, [1, 4]), atol={mx.float32: 1e-6}.get(dtype, 2e-2))
-    expected = without_native(monkeypatch, lambda: mx.grad(function)(x))
-    assert np.allclose(found.astype(mx.float32), expected.astype(mx.float32), rtol=1e-2, atol=1e-4)
+    gradient = mx.grad(lambda x: (rope.rotate(x, table) * factors).sum())(x)
+    mx.eval(y, gradient)
+    assert spy.taken() == {"rotate"} and y.dtype == gradient.dtype == dtype
+    bound = {mx.float32: 1e-6}.get(dtype, 3e-2)
+    assert np.allclose(y.astype(mx.float32), rotated(x, phase), atol=bound)
+    assert np.allclose(gradient.astype(mx.float32), rotated(factors, phase, back=True), atol=bound)
+
+
+def test_what_does_not_fit_together_is_refused_however_many_tokens():
+    """Or broadcast, as MLX does it."""
+    rope = RoPE(8, K, THETA)
+    for T in (5, 20):
+        assert rope.rotate(mx.ones((1, T, 2, 8)), rope.table([0, 1, 2], T)).shape == (3, T, 2, 8)
+        assert silu_times(mx.ones((3, T, 8)), mx.ones((1, T, 8))).shape == (3, T, 8)
+        wide = CausalConv1d(8, 4)
+        wide.bias = mx.ones((1,))
+        assert wide(mx.ones((1, T + 3, 8))).shape == (1, T, 8)
+        for refused in (
+            lambda T=T: rope.rotate(mx.ones((1, T, 2, 8)), rope.table([0], T + 1)),
+            lambda T=T: rope.rotate(mx.ones((1, T, 2, 6)), rope.table([0], T)),
+            lambda T=T: gelu_times(mx.ones((1, T, 8)), mx.ones((1, T + 1, 8))),
+            lambda T=T: CausalConv1d(8, 4)(mx.ones((1, T + 3, 16))),
+        ):
+            with pytest.raises(ValueError):
+                mx.eval(refused())

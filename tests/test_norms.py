@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def exact(module, x: mx.array) -> np.ndarray:
     x = np.array(x.astype(mx.float32), np.float64)
     if isinstance(module, LayerNorm):
         x = x - x.mean(-1, keepdims=True)
-    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS) * np.array(module.weight, np.float64)
+    y = x / np.sqrt((x * x).mean(-1, keepdims=True) + float(module.eps)) * np.array(module.weight, np.float64)
     return y + np.array(module.bias, np.float64) if isinstance(module, LayerNorm) else y
 
 
@@ -81,3 +82,41 @@ def test_half_precision_in_and_out(kind, dtype, spy):
     assert spy.taken() == {NAMES[kind]} and y.dtype == dtype
     module.set_dtype(mx.float32)
     assert np.allclose(y.astype(mx.float32), exact(module, x), rtol=1e-2, atol=1e-2)
+
+
+@both
+@pytest.mark.parametrize("T", [15, 16])
+@pytest.mark.parametrize("eps", [0, 1, np.float32(1e-3), np.float64(1e-3)], ids=repr)
+def test_any_number_is_an_eps(kind, T, eps):
+    module, x = norm(kind, 40), mx.random.normal((1, T, 40))
+    module.eps = eps
+    assert np.allclose(module(x), exact(module, x), rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("dtypes", [(mx.bfloat16, mx.float32), (mx.float32, mx.bfloat16), (mx.bfloat16, mx.float16)])
+def test_the_dtype_does_not_depend_on_the_number_of_tokens(kind, dtypes):
+    module, x = norm(kind, 8), mx.random.normal((1, 16, 8)).astype(dtypes[0])
+    module.set_dtype(dtypes[1])
+    assert module(x).dtype == module(x[:, :15]).dtype == mx.float32
+
+
+@pytest.mark.parametrize("shape", [(8,), (20, 8), (2, 20, 3, 8)])
+@both
+def test_any_number_of_axes(kind, shape):
+    module, x = norm(kind, 8), mx.random.normal(shape)
+    assert np.allclose(module(x), exact(module, x), rtol=1e-5, atol=1e-5)
+
+
+@both
+@pytest.mark.parametrize("T", [15, 16])
+def test_parameters_of_another_size_are_refused(kind, T):
+    with pytest.raises(ValueError):
+        mx.eval(norm(kind, 8)(mx.ones((1, T, 40))))
+
+
+@pytest.mark.parametrize("T", [15, 16])
+@pytest.mark.parametrize("options", [{"bias": False}, {"affine": False}], ids=str)
+def test_layer_norm_with_fewer_parameters(options, T):
+    x = mx.random.normal((1, T, 24))
+    assert mx.allclose(LayerNorm(24, **options)(x), nn.LayerNorm(24, **options)(x), atol=1e-6)

@@ -18,8 +18,9 @@ from mlx.utils import tree_flatten
 from .. import _blas
 from ..differentiable import differentiable
 
-SHORTEST = 16  # tokens
+FEWEST = 16  # tokens that are worth a call
 LANES = 8  # of native.h
+LARGEST_MINI_BATCH = 1 << 14  # tokens, for which a thread's stack has room
 
 
 def available() -> bool:
@@ -29,34 +30,36 @@ def available() -> bool:
 
 def worthwhile(tokens: int) -> bool:
     """Whether so many tokens are to be read in C, where what they are made of is in MLX operations."""
-    return tokens >= SHORTEST and available()
+    return tokens >= FEWEST and available()
 
 
-def either(tokens: int, in_c: Callable, operations: Callable, *arrays: mx.array) -> mx.array:
-    """operations(*arrays), one array, made by the function in C where so many tokens are worth it: see `at_once`."""
-    if not worthwhile(tokens):
+def either(whether: bool, in_c: Callable, operations: Callable, *arrays: mx.array | None) -> mx.array:
+    """operations(*arrays), one array; made by the function in C where that is worthwhile and the arrays have the shapes
+    that it takes them to have. See `at_once`."""
+    if not whether:
         return operations(*arrays)
-    return at_once(lambda *a: [in_c(*a)], lambda *a: [operations(*a)], *arrays)[0]
+    dtype = mx.result_type(*arrays)
+    return at_once(lambda *a: [in_c(*a)], lambda *a: [operations(*a)], *arrays, dtype=dtype)[0]
 
 
-def at_once(function: Callable, operations: Callable, *arrays: mx.array) -> Sequence[mx.array]:
+def at_once(function: Callable, operations: Callable, *arrays: mx.array, dtype: mx.Dtype) -> Sequence[mx.array]:
     """What `function` makes of the arrays' values, now; by the same in MLX operations inside transformations.
 
     Args:
-        function: NumPy arrays, contiguous float32, -> a list of NumPy arrays; the first is returned in the dtype of
-            the first array, the others in float32.
+        function: NumPy arrays, contiguous float32, -> a list of NumPy arrays.
         operations: the same of MLX arrays; differentiated instead of it.
+        dtype: of the first array returned; the others are float32.
     """
 
     def by_function(*arrays):
         first, *others = map(mx.array, function(*map(values, arrays)))
-        return [first.astype(arrays[0].dtype), *others]
+        return [first.astype(dtype), *others]
 
     return differentiable(by_function, operations)(*arrays) if have_values(arrays) else operations(*arrays)
 
 
 def have_values(arrays) -> bool:
-    """Computes them. Inside mx.compile or mx.vmap nothing has a value."""
+    """Whether these arrays have values, which are computed if they do: inside mx.compile or mx.vmap nothing has any."""
     try:
         mx.eval(arrays)
     except ValueError:
@@ -84,10 +87,12 @@ def call(name: str, *arguments) -> None:
     library = _blas.native()
     function = getattr(library, name)
     function.restype = None
-    function(*(_argument(x) for x in arguments), ctypes.c_int(library.mlx_ttt_threads()))
+    function(*map(_argument, arguments), ctypes.c_int(library.mlx_ttt_threads()))
 
 
 def _argument(x):
     if isinstance(x, np.ndarray):
         return ctypes.c_void_p(x.ctypes.data)
-    return {int: ctypes.c_size_t, float: ctypes.c_float}.get(type(x), lambda x: x)(x)
+    if isinstance(x, float):
+        return ctypes.c_float(x)
+    return ctypes.c_size_t(x) if isinstance(x, int) else x

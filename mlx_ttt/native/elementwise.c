@@ -1,4 +1,4 @@
-/* Norms, RoPE, activations and convolutions: what surrounds the update rule and is no matrix product. Contiguous float32. */
+/* What surrounds the update rule and is no product: norms, RoPE, activations, convolutions. Contiguous float32. */
 
 #include "native.h"
 

@@ -43,7 +43,7 @@ enum { PANEL = 2 * LANES };
 TILE(4)
 TILE(1)
 
-/* One row of c: b is read once, in four streams, as along_rows of blas.c does it. */
+/* One row of c: b is read once, in four streams, as some_columns of blas.c does it. */
 static void one_row(size_t n, size_t k, float scale, const float *a, size_t ap, const float *b, size_t ldb, float *c)
 {
     const size_t part = k / 4;
@@ -137,7 +137,7 @@ static void learned(size_t n, size_t p, size_t D, size_t F, const float *t, cons
     }
 }
 
-/* ---- The inner LayerNorm and its gradient, the GELU --------------------------------------------------------------- */
+/* ---- The inner LayerNorm and its gradient, the GELU -------------------------------------------------------------- */
 
 /* e [D] = lr times the gradient of ||LN(z) - (v - k)||^2 / 2 with respect to z, in the place of z. */
 static void error(size_t D, float lr, const float *gamma, const float *beta, const float *k, const float *v, float *z)

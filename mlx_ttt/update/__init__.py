@@ -52,7 +52,7 @@ def ttt_linear(
     """
     B, T, K = _check(2, q, k, v, lr, t, gamma, beta, weights, rows)
     _check_counts(B, T, K, phase, lengths)
-    return _backend(q).ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend(q, K).ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
 def ttt_mlp(
@@ -75,7 +75,7 @@ def ttt_mlp(
     """
     B, T, K = _check(10, q, k, v, lr, t, gamma, beta, weights, rows)
     _check_counts(B, T, K, phase, lengths)
-    return _backend(q).ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
+    return _backend(q, K).ttt_mlp(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths)
 
 
 def ttt_linear_step(
@@ -123,10 +123,10 @@ def ttt_mlp_step(
     return _step_backend().ttt_mlp_step(q, k, v, lr, t, gamma, beta, weights, rows, phase)
 
 
-def _backend(q: mx.array):
+def _backend(q: mx.array, K: int):
     if metal.available():
         return metal
-    return native if native.supports(q) else dual
+    return native if native.supports(q, K) else dual
 
 
 def _step_backend():

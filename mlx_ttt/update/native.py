@@ -12,10 +12,10 @@ from .. import native
 from . import dual
 
 
-def supports(q: mx.array) -> bool:
-    """Whether tokens like q [B, T, H, D] are read in C."""
+def supports(q: mx.array, K: int) -> bool:
+    """Whether tokens like q [B, T, H, D] are read in C, in mini-batches of K."""
     _, T, _, D = q.shape
-    return native.worthwhile(T) and D % native.LANES == 0
+    return native.worthwhile(T) and D % native.LANES == 0 and K <= native.LARGEST_MINI_BATCH
 
 
 def ttt_linear(q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths=None):
@@ -38,7 +38,7 @@ def _read(rule, q, k, v, lr, t, gamma, beta, weights, rows, phase, lengths):
         y, weights, rows = rule(*arrays[:7], arrays[7:-1], arrays[-1], phase, lengths)
         return [y, *weights, rows]
 
-    y, *weights, rows = native.at_once(function, operations, q, k, v, lr, t, gamma, beta, *weights, rows)
+    y, *weights, rows = native.at_once(function, operations, q, k, v, lr, t, gamma, beta, *weights, rows, dtype=q.dtype)
     return y, tuple(weights), rows
 
 
