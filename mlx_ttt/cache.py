@@ -110,21 +110,25 @@ class TTTCache(LayerState):
         self._pass(1)
 
     def defer(self, make: Callable[[], dict]) -> None:
-        """Let the weights, rows and history be what `make` returns by these names, when they are next asked for."""
+        """Let the weights, rows and history be what `make` returns by these names, when one of them is asked for."""
         for name in _DEFERRED:
             vars(self).pop(name, None)
         self._make = make
 
     def defers(self, make: Callable[[], dict]) -> bool:
-        """Whether they still are."""
-        return self._make == make
+        """Whether they still are: none has been asked for, or replaced."""
+        return self._make == make and vars(self).keys().isdisjoint(_DEFERRED)
 
     def __getattr__(self, name: str):
         if name not in _DEFERRED or (make := vars(self).get("_make")) is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        vars(self).update(make() | vars(self))
         self._make = None
-        vars(self).update(make())
         return vars(self)[name]
+
+    def __getstate__(self) -> dict:
+        """For pickle and deepcopy."""
+        return {**vars(self), **self._arrays, "_make": None}
 
     # Padding
 
