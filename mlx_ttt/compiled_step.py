@@ -26,25 +26,34 @@ def wanted() -> bool:
 
 
 class CompiledStep:
-    """Reads one token of each sequence, by a function that is compiled again where a model's modules have changed."""
+    """Reads one token of each sequence, by a function that is compiled again where the model has changed."""
 
     def __init__(self):
+        self._forget()
+
+    def _forget(self) -> None:
         self._traced: list = []
         self._function = None
 
     def __reduce__(self):
         return CompiledStep, ()  # a copy of the model is traced by itself
 
-    def read(self, model, ids: mx.array, cache: Sequence[TTTCache]) -> mx.array | None:
-        """What a TTTModel does with token ids [B, 1] after those that the caches have read: hidden states [B, 1, C].
+    def read(self, model, ids: mx.array, cache: Sequence[TTTCache] | None) -> mx.array | None:
+        """What a TTTModel does with token ids [B, T] after those that the caches have read: hidden states [B, T, C].
 
         None if it must do it itself.
         """
-        if not wanted() or not _same_step(cache, ids.shape[0]):
+        if not wanted():
             return None
-        modules = _modules(model)  # of a replaced one the arrays may look the same
-        if len(modules) != len(self._traced) or not all(map(operator.is_, modules, self._traced)):
-            self._traced = modules
+        parts = _parts(model)
+        same = len(parts) == len(self._traced) and all(map(operator.is_, parts, self._traced))
+        if not same:
+            self._forget()  # whatever is read: what was replaced need not stay in memory
+        B, T = ids.shape
+        if T != 1 or not cache or not _same_step(cache, B):
+            return None
+        if not same:
+            self._traced = parts
             self._function = mx.compile(functools.partial(_step, model), inputs=[model])
         states = [{"weights": c.weights, "rows": c.rows, "history": c.history} for c in cache]
         x, states = self._function(ids, mx.array(cache[0].phase, mx.int32), states)
@@ -62,13 +71,14 @@ def _same_step(cache: Sequence[TTTCache], B: int) -> bool:
     )
 
 
-def _modules(model) -> list:
-    """All modules in a model, and whether each is being trained: with the shapes, what a trace depends on."""
-    found = [model]
-    for tree in found:  # which grows meanwhile
+def _parts(model) -> list:
+    """What a trace depends on beside the shapes of the parameters: modules, their settings, and what they do."""
+    trees = [model]
+    for tree in trees:  # which grows meanwhile
         children = tree.values() if isinstance(tree, dict) else tree
-        found += [x for x in children if isinstance(x, dict | list | tuple)]
-    return found + [tree.training for tree in found if isinstance(tree, nn.Module)]
+        trees += [x for x in children if isinstance(x, dict | list | tuple)]
+    modules = [tree for tree in trees if isinstance(tree, nn.Module)]
+    return trees + [x for m in modules for x in (type(m), vars(type(m)).get("__call__"), *vars(m).values())]
 
 
 def _step(model, ids: mx.array, phase: mx.array, states: list[dict]) -> tuple[mx.array, list[dict]]:

@@ -115,15 +115,14 @@ class TTTModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self._one_token = TokenReader()
+        self._one_token = TokenReader(Block)
         self._compiled_step = CompiledStep()
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:
         T = inputs.shape[1]
-        if T == 1 and cache:
-            for reader in (self._compiled_step, self._one_token):
-                if (x := reader.read(self, inputs, cache)) is not None:
-                    return x
+        for reader in (self._compiled_step, self._one_token):
+            if (x := reader.read(self, inputs, cache)) is not None:
+                return x
         if cache is None or T <= _CPU_CHUNK or mx.default_device() != mx.cpu:
             return self._read(inputs, cache)
         chunks = (inputs[:, start : start + _CPU_CHUNK] for start in range(0, T, _CPU_CHUNK))

@@ -7,8 +7,8 @@ go through MLX operations.
 
 from __future__ import annotations
 
+import copy
 import ctypes
-import itertools
 import operator
 import weakref
 from collections.abc import Sequence
@@ -19,10 +19,15 @@ import numpy as np
 
 from . import native
 from .cache import TTTCache
-from .native import LANES, values
+from .layers import TTT, CausalConv1d, Conv, RoPE, SwiGLU
+from .native import LANES, LARGEST_MINI_BATCH, values
 from .norms import LayerNorm, RMSNorm
+from .update import ttt_linear, ttt_mlp
 
 MOST = 15  # sequences: FEW of blas.c
+
+
+_KINDS = (TTT, SwiGLU, Conv, CausalConv1d, RMSNorm, LayerNorm, nn.RMSNorm, nn.Linear, nn.Embedding)
 
 
 class _Unsupported(Exception):
@@ -30,23 +35,37 @@ class _Unsupported(Exception):
 
 
 class TokenReader:
-    """Reads one token of each sequence, with views of a model's parameters, made again where those have changed."""
+    """Reads one token of each sequence, with pointers into a model's parameters, made again where those have changed.
 
-    def __init__(self):
+    Args:
+        block: the class of the model's blocks; its subclasses go through MLX operations.
+    """
+
+    def __init__(self, block: type):
+        self._block = block
+        self._calls = {kind: kind.__call__ for kind in (block, *_KINDS)}
+        self._forget()
+
+    def _forget(self) -> None:
         self._parts = _Parts()
         self._blocks: ctypes.Array[_Block] | None = None
         self._texts: list[weakref.ref[_Text]] = []
 
     def __reduce__(self):
-        return TokenReader, ()  # a copy of the model has parameters of its own
+        return TokenReader, (self._block,)  # a copy of the model has parameters of its own
 
-    def read(self, model, ids: mx.array, cache: Sequence[TTTCache]) -> mx.array | None:
-        """What a TTTModel does with token ids [B, 1] after those that the caches have read: hidden states [B, 1, C].
+    def read(self, model, ids: mx.array, cache: Sequence[TTTCache] | None) -> mx.array | None:
+        """What a TTTModel does with token ids [B, T] after those that the caches have read: hidden states [B, T, C].
 
         None if it must do it itself.
         """
-        B = ids.shape[0]
-        if B > MOST or not native.available() or len(cache) != len(model.layers):
+        same = self._parts.same()
+        if not same:
+            self._forget()  # whatever is read: what was replaced need not stay in memory
+        B, T = ids.shape
+        if T != 1 or not cache or B > MOST or not native.available() or len(cache) != len(model.layers):
+            return None
+        if (same and self._blocks is None) or any(kind.__call__ is not call for kind, call in self._calls.items()):
             return None
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
@@ -54,13 +73,14 @@ class TokenReader:
             return None
         if not native.have_values(ids):
             return None
-        if not self._parts.same() or (self._blocks is not None and len(self._blocks) != len(cache)):
-            self._look(model)
-        if self._blocks is None:
+        try:
+            if not same:
+                self._look(model)
+            if texts is None:
+                texts = [_Text(c, block) for c, block in zip(cache, self._blocks, strict=True)]
+                self._texts = list(map(weakref.ref, texts))  # they belong to the caches
+        except (_Unsupported, LookupError):
             return None
-        if texts is None:
-            texts = [_Text(c) for c in cache]
-            self._texts = list(map(weakref.ref, texts))  # they belong to the caches
         for text in texts:
             text.prepare()
         x = self._embedding[np.array(memoryview(ids))[:, 0]]
@@ -77,68 +97,99 @@ class TokenReader:
         return texts if same else None
 
     def _look(self, model) -> None:
-        self._parts, self._blocks = _Parts(), None
-        try:
-            self._embedding = self._parts.weight(model, "embed_tokens", nn.Embedding)
-            self._norm = self._parts.weight(model, "norm", nn.RMSNorm)
-            self._norm_eps = self._parts.setting(model.norm, "eps")
-            blocks = self._parts.child(model, "layers", list)
-            blocks = [_block(self._parts, self._parts.child(blocks, i)) for i in range(len(blocks))]
-            self._blocks = (_Block * len(blocks))(*blocks)
-        except _Unsupported:
-            pass
+        self._embedding = self._parts.weight(model, "embed_tokens", nn.Embedding)
+        self._norm = self._parts.weight(model, "norm", nn.RMSNorm)
+        self._norm_eps = float(self._parts.setting(model.norm, "eps"))
+        layers = self._parts.child(model, "layers", list)
+        blocks = [_block(self._parts, self._parts.child(layers, i, self._block)) for i in range(len(layers))]
+        if {self._norm.shape, self._embedding.shape[1:]} != {(block.C,) for block in blocks}:
+            raise _Unsupported
+        self._blocks = (_Block * len(blocks))(*blocks)
 
 
 class _Parts:
-    """What a model is made of, by where it is; all can be replaced at any time, by training, say, or for LoRA."""
+    """What a model is made of, by where it is; all can be changed at any time, by training, say, or for LoRA.
+
+    An array that is changed in place stays the same object, but has other memory.
+    """
 
     def __init__(self):
-        self._seen: tuple[list, list, list] = [], [], []  # containers, keys, parts
-        self._without_bias: list[nn.Module] = []
-        self._views: list[dict[str, np.ndarray]] = []
+        self._kept: list = []
+        self._nothing()
 
-    def keep(self, views: dict[str, np.ndarray]) -> None:
-        """Views that must live as long as pointers into them."""
-        self._views.append(views)
+    def _nothing(self) -> None:
+        self._containers: dict[int, tuple] = {}  # each with its type and length
+        self._places: tuple[list, list] = [], []  # containers and keys
+        self._parts: list = []
+        self._arrays: list[mx.array] = []
+        self._addresses: list[int] = []
+
+    def keep(self, data) -> None:
+        """What must live as long as pointers into it."""
+        self._kept.append(data)
 
     def same(self) -> bool:
-        """Whether all are still there. Not before there are any."""
-        containers, keys, parts = self._seen
+        """Whether all are as they were, and nothing came to them. Not before there are any."""
         try:
-            same = all(map(operator.is_, map(operator.getitem, containers, keys), parts))
-        except LookupError:
+            return (
+                bool(self._parts)
+                and all(map(operator.is_, map(operator.getitem, *self._places), self._parts))
+                and all(type(c) is kind and len(c) == size for c, kind, size in self._containers.values())
+                and _addresses(self._arrays) == self._addresses
+            )
+        except (LookupError, RuntimeError, TypeError):  # one is gone, has no value, is no longer contiguous
             return False
-        return same and bool(parts) and not any(map(operator.contains, self._without_bias, itertools.repeat("bias")))
 
     def child(self, container, key, kind: type | None = None):
         """container[key], which must be of this kind, if one is named."""
         part = container[key]
-        for seen, value in zip(self._seen, (container, key, part), strict=True):
-            seen.append(value)
+        self._containers[id(container)] = container, type(container), len(container)
+        self._places[0].append(container)
+        self._places[1].append(key)
+        self._parts.append(part)
         if kind is not None and type(part) is not kind:
             raise _Unsupported
         return part
 
     def parameter(self, container, key) -> np.ndarray:
-        array = self.child(container, key)
+        return self.array(self.child(container, key))
+
+    def array(self, array: mx.array) -> np.ndarray:
+        """A view of an array."""
         if array.dtype != mx.float32:
             raise _Unsupported
         if native.traced([array]):
-            self._seen = [], [], []  # until it is over
+            self._nothing()  # until it is over
             raise _Unsupported
+        try:
+            self._addresses += _addresses([array])
+        except (TypeError, ValueError):  # not contiguous, or empty
+            raise _Unsupported from None
+        self._arrays.append(array)
+        self.keep(copy.copy(array))  # which shares the memory, so that no other array has this address meanwhile
         return values(array)
 
     def weight(self, container, key, kind: type = nn.Linear) -> np.ndarray:
         """The weight of a child that has nothing else."""
         module = self.child(container, key, kind)
-        self._without_bias.append(module)
+        weight = self.parameter(module, "weight")
         if "bias" in module:
             raise _Unsupported
-        return self.parameter(module, "weight")
+        return weight
 
-    def setting(self, module: nn.Module, name: str):
+    def setting(self, module, name: str):
         """An attribute of a module that is no parameter."""
         return self.child(vars(module), name)
+
+
+def _addresses(arrays: list[mx.array]) -> list[int]:
+    """Where the values of arrays are.
+
+    Raises:
+        TypeError, ValueError: one is not contiguous, or empty.
+        RuntimeError: one is part of a transformation, and has no values.
+    """
+    return list(map(ctypes.addressof, map(ctypes.c_char.from_buffer, arrays)))
 
 
 _POINTERS = (
@@ -167,19 +218,21 @@ class _State(ctypes.Structure):
 
 def _block(parts: _Parts, block) -> _Block:
     """Where the parameters of a block are."""
-    ttt, mlp = parts.child(block, "seq_modeling_block"), parts.child(block, "mlp")
+    ttt, mlp = parts.child(block, "seq_modeling_block", TTT), parts.child(block, "mlp", SwiGLU)
     views = {name: parts.weight(ttt, f"{name}_proj") for name in "qkvog" if f"{name}_proj" in ttt}
     views |= {name: parts.weight(mlp, f"{name}_proj") for name in ("gate", "up", "down")}
     rms_norms = {name: (block, name) for name in ("seq_norm", "ffn_norm")}
-    convolutions = {name: (ttt, name) for name in ("conv_q", "conv_k") if name in ttt}
+    convolutions = {name: (ttt, name) for name in ("conv_q", "conv_k") if "k" not in views}
+    kernel_sizes = {parts.setting(ttt, "kernel_size")}
     if "conv" in block:
-        before = parts.child(block, "conv")
+        before = parts.child(block, "conv", Conv)
+        kernel_sizes.add(parts.setting(before, "kernel_size"))
         rms_norms["conv_norm"] = before, "norm"
         convolutions["conv"] = before, "conv"
     views |= {name: parts.weight(container, key, RMSNorm) for name, (container, key) in rms_norms.items()}
-    rms_norm_eps, *others = {parts.setting(container[key], "eps") for container, key in rms_norms.values()}
+    rms_norm_eps = {parts.setting(container[key], "eps") for container, key in rms_norms.values()}
     for name, (container, key) in convolutions.items():
-        conv = parts.child(container, key)
+        conv = parts.child(container, key, CausalConv1d)
         views[name] = np.ascontiguousarray(parts.parameter(conv, "weight")[..., 0].T)  # [kernel, C]
         views[f"{name}_bias"] = parts.parameter(conv, "bias")
     norm = parts.child(ttt, "post_norm", LayerNorm)
@@ -188,22 +241,48 @@ def _block(parts: _Parts, block) -> _Block:
     views |= {f"lr_{name}": parts.parameter(ttt, f"learnable_ttt_lr_{name}") for name in ("weight", "bias")}
     parts.parameter(ttt, "learnable_token_idx")
     rope = parts.setting(ttt, "rope")
-    views |= {"t": values(ttt.token_factors()), "cos": values(rope.cos), "sin": values(rope.sin)}
+    views |= {name: parts.array(parts.setting(rope, name)) for name in ("cos", "sin")}
+    views["t"] = values(ttt.token_factors())
+    parts.keep(views)
 
-    (F, C), H, D, K = views["gate"].shape, ttt.num_heads, ttt.head_dim, ttt.mini_batch_size
-    if D % LANES or F % LANES or others:
+    H, D, K = (parts.setting(ttt, name) for name in ("num_heads", "head_dim", "mini_batch_size"))
+    F, kernel, eps = len(views["gate"]), kernel_sizes.pop(), rms_norm_eps.pop()
+    if kernel_sizes or rms_norm_eps or D % LANES or F % LANES or K > LARGEST_MINI_BATCH:
+        raise _Unsupported
+    if not _fit(views, H * D, H, D, K, F, kernel):
+        raise _Unsupported
+    rule = parts.setting(ttt, "update_rule")
+    if type(rope) is not RoPE or rule not in (ttt_linear, ttt_mlp):
         raise _Unsupported
     pointers = {name: view.ctypes.data for name, view in views.items()}
-    parts.keep(views)
-    epsilons = {"rms_norm_eps": rms_norm_eps, "post_norm_eps": parts.setting(norm, "eps")}
+    epsilons = {"rms_norm_eps": eps, "post_norm_eps": parts.setting(norm, "eps")}
     base_lr = parts.setting(ttt, "base_lr")
-    return _Block(C, H, D, K, F, ttt.kernel_size, "W2" in ttt, base_lr=base_lr, **pointers, **epsilons)
+    return _Block(H * D, H, D, K, F, kernel, rule is ttt_mlp, base_lr=base_lr, **pointers, **epsilons)
+
+
+def _fit(views: dict[str, np.ndarray], C: int, H: int, D: int, K: int, F: int, kernel: int) -> bool:
+    """Whether all have the shapes that C takes them to have."""
+    shapes = {
+        **dict.fromkeys(("q", "k", "v", "o", "g"), (C, C)),
+        **dict.fromkeys(("gate", "up"), (F, C)),
+        **dict.fromkeys(("conv", "conv_q", "conv_k"), (kernel, C)),
+        **dict.fromkeys(("cos", "sin"), (K, 1, D)),
+        **dict.fromkeys(("gamma", "beta"), (H, D)),
+        **{"down": (C, F), "lr_weight": (H, 1, C), "lr_bias": (H, 1), "t": (K,)},
+    }
+    return all(view.shape == shapes.get(name, (C,)) for name, view in views.items())
 
 
 class _Text:
-    """One layer's state while tokens are read, in NumPy arrays: the cache gets it back when somebody asks for it."""
+    """One layer's state while tokens are read, in NumPy arrays: the cache gets it back when somebody asks for it.
 
-    def __init__(self, cache: TTTCache):
+    Raises:
+        _Unsupported: the cache is that of another block.
+    """
+
+    def __init__(self, cache: TTTCache, block: _Block):
+        if _shapes(cache) != _shapes_in(block, len(cache.offset)):
+            raise _Unsupported
         self._mini_batch_size = cache.mini_batch_size
         self._kept = cache.weights  # until a mini-batch is complete
         self._weights = [values(array) for array in self._kept]
@@ -229,3 +308,19 @@ class _Text:
         weights = tuple(map(mx.array, self._weights)) if self._kept is None else self._kept
         history = {name: mx.array(array) for name, array in self._history.items()}
         return {"weights": weights, "rows": mx.array(self._rows), "history": history}
+
+
+def _shapes(cache: TTTCache) -> dict:
+    weights = dict(zip(("W1", "b1", "W2", "b2"), cache.weights, strict=False))
+    arrays = {**weights, "rows": cache.rows, **cache.history}
+    return {name: array.shape for name, array in arrays.items()}
+
+
+def _shapes_in(block: _Block, B: int) -> dict:
+    """Those of B sequences in a block."""
+    H, D, F = block.H, block.D, 4 * block.D if block.mlp else block.D
+    shapes = {"W1": (B, H, D, F), "b1": (B, H, 1, F), "rows": (B, H, block.K, 2 * D)}
+    if block.mlp:
+        shapes |= {"W2": (B, H, F, D), "b2": (B, H, 1, D), "rows": (B, H, block.K, 2 * (D + F))}
+    convolutions = {"conv": block.conv, "conv_qk": block.conv_q} if block.kernel > 1 else {}
+    return shapes | {name: (B, block.kernel - 1, block.C) for name, there in convolutions.items() if there}

@@ -19,6 +19,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_ttt import compiled_step, native
 from mlx_ttt.cache import TTTCache
+from mlx_ttt.layers import SwiGLU
 from mlx_ttt.model import Model
 from mlx_ttt.update import metal, ttt_linear
 
@@ -156,6 +157,34 @@ def test_replaced_modules_are_traced_again(switch):
         assert_same(switch, model, 3, T=3)
         for block in model.layers:
             block.seq_modeling_block.q_proj = block.seq_modeling_block.q_proj.linear
+    assert switch.traces == 2
+
+
+def change_eps(model, monkeypatch):
+    model.layers[1].ffn_norm.eps = 0.5
+
+
+def change_a_class(model, monkeypatch):
+    class Sum(SwiGLU):
+        def __call__(self, x):
+            return self.down_proj(self.gate_proj(x) + self.up_proj(x))
+
+    model.layers[0].mlp.__class__ = Sum
+
+
+def patch_a_class(model, monkeypatch):
+    call = SwiGLU.__call__
+    monkeypatch.setattr(SwiGLU, "__call__", lambda self, x: 2 * call(self, x))
+
+
+@pytest.mark.parametrize("change", [change_eps, change_a_class, patch_a_class], ids=lambda f: f.__name__)
+def test_so_are_changed_settings_and_classes(switch, monkeypatch, change):
+    model, ids = build("linear", "000"), mx.array([[3]])
+    before = decode(model, ids, started(model, 1))
+    change(model, monkeypatch)
+    assert_same(switch, model, 1, T=3)
+    switch.on = True
+    assert largest_error(decode(model, ids, started(model, 1)), before) > 1e-4
     assert switch.traces == 2
 
 

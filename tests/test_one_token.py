@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,8 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_ttt.model import Model
+from mlx_ttt.layers import CausalConv1d, SwiGLU
+from mlx_ttt.model import Block, Model
+from mlx_ttt.norms import LayerNorm
 from mlx_ttt.one_token import MOST
+from mlx_ttt.update import ttt_linear
 
 from .native import needs_native, without_native
 from .test_model import configuration, largest_error, official_weights
@@ -140,21 +148,45 @@ def test_every_parameter_can_be_replaced(kind, flags, spy, monkeypatch):
         model.model.load_weights([(name, parameter)], strict=False)
 
 
-def add_bias(model):
-    model.layers[0].mlp.up_proj.bias = mx.ones((40,))
+@pytest.mark.parametrize(("kind", "flags"), [("linear", "111"), ("mlp", "000")])
+def test_every_parameter_can_be_changed_in_place(kind, flags, spy, monkeypatch):
+    """The array stays the same object; its memory is another, and the old memory may be gone."""
+    model = build(kind, flags)
+    cache = started(model, (1, 2, 4))
+    for name, parameter in tree_flatten(model.model.parameters()):
+        before, saved = step(model, cache), np.array(parameter)
+        parameter *= 1.5
+        parameter += 0.5
+        mx.eval(parameter)
+        mx.clear_cache()
+        spy.taken()
+        found = step(model, cache)
+        assert spy.taken() == {"token"}
+        assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND, name
+        if name.rsplit(".", 1)[-1] not in ("W1", "b1", "W2", "b2"):
+            assert largest_error(found, before) > 1e-4, name
+        parameter[:] = mx.array(saved)
 
 
-def change_eps(model):
+def change_eps(model, eps=0.5):
     for norm in (model.layers[0].conv.norm, model.layers[0].seq_norm, model.layers[0].ffn_norm):
-        norm.eps = 0.5
+        norm.eps = eps
 
 
-def change_one_eps(model):
-    model.layers[1].ffn_norm.eps = 0.5
+def change_eps_to_an_integer(model):
+    change_eps(model, 1)
 
 
-def change_last_eps(model):
-    model.model.norm.eps = 0.5
+def change_last_eps(model, eps=0.5):
+    model.model.norm.eps = eps
+
+
+def change_last_eps_to_an_integer(model):
+    change_last_eps(model, 2)
+
+
+def change_last_eps_to_one_of_numpy(model):
+    change_last_eps(model, np.float32(0.5))
 
 
 def change_post_norm_eps(model):
@@ -165,19 +197,56 @@ def change_base_lr(model):
     model.layers[0].seq_modeling_block.base_lr *= 3
 
 
+def change_rope(model):
+    rope = model.layers[0].seq_modeling_block.rope
+    rope.cos = rope.cos * 0.5
+
+
+def take_the_gate_away(model):
+    del model.layers[0].seq_modeling_block["g_proj"]
+
+
 @pytest.mark.parametrize(
     "change",
-    [add_bias, change_eps, change_one_eps, change_last_eps, change_post_norm_eps, change_base_lr],
+    [
+        *(change_eps, change_eps_to_an_integer, change_post_norm_eps, change_base_lr, change_rope, take_the_gate_away),
+        *(change_last_eps, change_last_eps_to_an_integer, change_last_eps_to_one_of_numpy),
+    ],
     ids=lambda f: f.__name__,
 )
-def test_every_setting_can_be_changed(change, monkeypatch):
+def test_every_setting_can_be_changed(change, spy, monkeypatch):
     model = build("linear", "111")
     cache = started(model, (1, 2, 4))
     before = step(model, cache)
     change(model)
+    spy.taken()
     found = step(model, cache)
+    assert spy.taken() == {"token"}
     assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
     assert largest_error(found, before) > 1e-4
+
+
+def test_a_gate_can_be_added(spy, monkeypatch):
+    model = build("linear", "110")
+    cache = started(model)
+    before = step(model, cache)
+    model.layers[1].seq_modeling_block.g_proj = nn.Linear(32, 32, bias=False)
+    spy.taken()
+    found = step(model, cache)
+    assert spy.taken() == {"token"}
+    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    assert largest_error(found, before) > 1e-4
+
+
+def test_what_was_replaced_does_not_stay_in_memory():
+    """Not even until the next token."""
+    model = build("linear", "111")
+    step(model, started(model))
+    old = [weakref.ref(layer.mlp.up_proj) for layer in model.layers]
+    quantize(model)
+    started(model)
+    gc.collect()
+    assert not any(layer() for layer in old)
 
 
 def test_a_layer_can_be_added_or_taken_away(spy, monkeypatch):
@@ -201,6 +270,85 @@ def test_a_cache_of_another_model_is_refused():
             step(model, wrong)
 
 
+@pytest.mark.parametrize(
+    ("kind", "flags", "sizes"),
+    [
+        ("mlp", "111", {}),
+        ("linear", "011", {}),
+        *(("linear", "111", {name: size}) for name, size in [("mini_batch_size", 64), ("num_attention_heads", 4)]),
+        *(("linear", "111", {name: size}) for name, size in [("hidden_size", 256), ("conv_kernel", 9)]),
+    ],
+    ids=str,
+)
+def test_so_is_one_of_another_size(kind, flags, sizes, monkeypatch):
+    models = build("linear", "111"), build(kind, flags, **sizes)
+    for model, other in (models, models[::-1]):
+        step(model, started(model))
+        cache = started(other)
+        try:
+            expected = without_native(monkeypatch, lambda: step(model, cache))  # noqa: B023
+        except (ValueError, KeyError) as error:
+            with pytest.raises(type(error)):
+                step(model, cache)
+        else:
+            assert mx.array_equal(step(model, cache), expected)  # history that nobody asks for
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("embed_tokens", "norm", "layers.0.ffn_norm", "layers.1.mlp.gate_proj", "layers.1.mlp.down_proj"),
+        *(f"layers.1.seq_modeling_block.{name}" for name in ("q_proj", "o_proj", "conv_k", "post_norm")),
+    ],
+)
+def test_parameters_of_other_sizes_are_refused(path):
+    model = build("linear", "111")
+    cache = started(model)
+    step(model, cache)
+    module = dict(model.model.named_modules())[path]
+    module.weight = mx.ones((module.weight.shape[0] // 2, *module.weight.shape[1:]))
+    if path != "embed_tokens":  # of which any number of rows will do
+        with pytest.raises(ValueError):
+            step(model, cache)
+    module.weight = mx.ones((*module.weight.shape[:-1], 400))
+    with pytest.raises(ValueError):
+        step(model, cache)
+
+
+@pytest.mark.parametrize("assigned", ["state", "weights"])
+def test_a_state_can_be_assigned_between_tokens(assigned, monkeypatch):
+    """Though the cache's own is in C's arrays then."""
+    model = build("linear", "111")
+    cache, ids = started(model), mx.array([[7]])
+    saved = [getattr(c, assigned) for c in started(model, (2 if assigned == "state" else 9,))]
+
+    def assign_after_a_token(cache):
+        model(ids, cache=cache)
+        for c, value in zip(cache, saved, strict=True):
+            setattr(c, assigned, value)
+        return model(ids, cache=cache)
+
+    expected_cache = copies(cache)
+    found = assign_after_a_token(cache)
+    expected = without_native(monkeypatch, lambda: assign_after_a_token(expected_cache))
+    assert largest_error(found, expected) <= BOUND
+    assert_same_state(cache, expected_cache)
+
+
+def test_a_cache_can_be_pickled_between_tokens():
+    model = build("linear", "111")
+    cache, ids = started(model), mx.array([[7]])
+    model(ids, cache=cache)
+    deep = copy.deepcopy(cache)
+    model(ids, cache=cache)
+    pickled = pickle.loads(pickle.dumps(cache))
+    expected = model(ids, cache=cache)
+    assert largest_error(model(ids, cache=pickled), expected) <= BOUND
+    model(ids, cache=deep)
+    assert largest_error(model(ids, cache=deep), expected) <= BOUND
+    assert_same_state(deep, cache)
+
+
 class Doubled(nn.Linear):
     def __call__(self, x):
         return 2 * super().__call__(x)
@@ -218,6 +366,61 @@ def subclass(model):
     doubled = Doubled(32, 40, bias=False)
     doubled.weight = block.gate_proj.weight
     block.gate_proj = doubled
+
+
+def module_of_another_class(model):
+    """Which the object itself becomes."""
+
+    class Sum(SwiGLU):
+        def __call__(self, x):
+            return self.down_proj(self.gate_proj(x) + self.up_proj(x))
+
+    model.layers[1].mlp.__class__ = Sum
+
+
+def another_rule(model):
+    def rule(*arguments):
+        y, weights, rows = ttt_linear(*arguments)
+        return mx.sin(y), weights, rows
+
+    model.layers[0].seq_modeling_block.update_rule = rule
+
+
+def another_block(model):
+    class Twice(Block):
+        def __call__(self, x, cache=None):
+            return 2 * super().__call__(x, cache)
+
+    model.layers[1].__class__ = Twice
+
+
+def no_block(model):
+    class Wrapped(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def __call__(self, x, cache):
+            return 2 * self.block(x, cache)
+
+    model.model.layers = [Wrapped(layer) for layer in model.layers]
+
+
+def norm_without_parameters(model):
+    model.layers[1].seq_modeling_block.post_norm = LayerNorm(32, eps=1e-6, affine=False)
+
+
+def added_bias(model):
+    model.layers[0].mlp.up_proj.bias = mx.ones((40,))
+
+
+def one_eps(model):
+    model.layers[1].ffn_norm.eps = 0.5
+
+
+def transposed(model):
+    projection = model.layers[0].seq_modeling_block.v_proj
+    projection.weight = projection.weight.T
 
 
 def bias(model):
@@ -239,7 +442,14 @@ def halve(model):
     model.load_weights(parameters, strict=False)
 
 
-@pytest.mark.parametrize("change", [lora, subclass, bias, quantize, halve], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lora, subclass, bias, quantize, halve, module_of_another_class, another_rule, another_block, no_block),
+        *(norm_without_parameters, added_bias, one_eps, transposed),
+    ],
+    ids=lambda f: f.__name__,
+)
 def test_other_layers_are_left_to_mlx(change, spy, monkeypatch):
     model = build("linear", "111")
     cache = started(model)
@@ -253,6 +463,27 @@ def test_other_layers_are_left_to_mlx(change, spy, monkeypatch):
     for _ in range(8):
         logits = model(mx.array([[4]]), cache=cache)
     assert mx.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("kind", [Block, SwiGLU, CausalConv1d])
+def test_so_are_classes_that_have_been_patched(kind, spy, monkeypatch):
+    """By one who wants to see activations, say."""
+    model = build("linear", "111")
+    cache = started(model)
+    expected = step(model, cache)
+    call, seen = kind.__call__, []
+
+    def patched(self, *arguments):
+        seen.append(call(self, *arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(kind, "__call__", patched)
+    spy.taken()
+    assert largest_error(step(model, cache), expected) <= BOUND
+    assert len(seen) >= len(model.layers) and "token" not in spy.taken()
+    monkeypatch.setattr(kind, "__call__", call)
+    step(model, cache)
+    assert spy.taken() == {"token"}
 
 
 @pytest.mark.parametrize("sizes", [{"hidden_size": 24}, {"intermediate_size": 42}])
