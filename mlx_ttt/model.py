@@ -114,7 +114,7 @@ class TTTModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
-        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)  # lazy: a prompt's chunks do not ask for it
         self._one_token = TokenReader(Block)
         self._compiled_step = CompiledStep()
 
