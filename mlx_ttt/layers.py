@@ -1,4 +1,4 @@
-"""What surrounds the update rule in a TTT layer: projections, convolutions, RoPE, the learning-rate gate.
+"""What surrounds the update rule, up to a whole block: projections, convolutions, RoPE, the learning-rate gate.
 
 Parameter names are the official ones (Sun et al. 2024, arXiv 2407.04620, and its PyTorch implementation), so that
 checkpoints load as they are. Shapes: B batch, T tokens, H heads, D head dimension, C = H·D, K mini-batch size.
@@ -201,3 +201,31 @@ class TTT(nn.Module):
         """t = max(1 / (i + 1) + learnable_token_idx_i, 0), [K], in float32: bfloat16 cannot hold 1/3."""
         token_idx = 1 / mx.arange(1, self.mini_batch_size + 1, dtype=mx.float32)
         return mx.maximum(token_idx + self.learnable_token_idx.astype(mx.float32), 0)
+
+
+class Block(nn.Module):
+    """Convolution, TTT layer and feed-forward network, each added to what it reads."""
+
+    def __init__(self, args):
+        super().__init__()
+        if args.pre_conv:
+            self.conv = Conv(args)
+        self.seq_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.seq_modeling_block = TTT(args)
+        self.ffn_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.mlp = SwiGLU(args)
+
+    def __call__(self, x: mx.array, cache: TTTCache | None = None) -> mx.array:
+        if cache is None:  # made here: gradient checkpointing calls a block twice, and both times from the start
+            cache = self.make_cache()
+            cache.expand(x.shape[0])
+        if "conv" in self:
+            x = x + self.conv(x, cache)
+        x = x + self.seq_modeling_block(self.seq_norm(x), cache)
+        return x + self.mlp(self.ffn_norm(x))
+
+    def make_cache(self) -> TTTCache:
+        cache = self.seq_modeling_block.make_cache()
+        if "conv" in self:
+            self.conv.add_history(cache)
+        return cache

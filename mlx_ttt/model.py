@@ -11,8 +11,7 @@ from mlx_lm.models.base import BaseModelArgs
 
 from .cache import LayerState, RewindableTTTCache, TTTCache
 from .compiled_step import CompiledStep
-from .layers import TTT, Conv, SwiGLU
-from .norms import RMSNorm
+from .layers import Block
 from .one_token import TokenReader
 
 _CPU_CHUNK = 512  # tokens that go through the layers at a time on a CPU: fewer are slower, more take more memory
@@ -83,39 +82,13 @@ class ModelArgs(BaseModelArgs):
         )
 
 
-class Block(nn.Module):
-    def __init__(self, args: ModelArgs):
-        super().__init__()
-        if args.pre_conv:
-            self.conv = Conv(args)
-        self.seq_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.seq_modeling_block = TTT(args)
-        self.ffn_norm = RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.mlp = SwiGLU(args)
-
-    def __call__(self, x: mx.array, cache: TTTCache | None = None) -> mx.array:
-        if cache is None:  # made here: gradient checkpointing calls a block twice, and both times from the start
-            cache = self.make_cache()
-            cache.expand(x.shape[0])
-        if "conv" in self:
-            x = x + self.conv(x, cache)
-        x = x + self.seq_modeling_block(self.seq_norm(x), cache)
-        return x + self.mlp(self.ffn_norm(x))
-
-    def make_cache(self) -> TTTCache:
-        cache = self.seq_modeling_block.make_cache()
-        if "conv" in self:
-            self.conv.add_history(cache)
-        return cache
-
-
 class TTTModel(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [Block(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)  # lazy: a prompt's chunks do not ask for it
-        self._one_token = TokenReader(Block)
+        self._one_token = TokenReader()
         self._compiled_step = CompiledStep()
 
     def __call__(self, inputs: mx.array, cache: list[TTTCache] | None = None) -> mx.array:

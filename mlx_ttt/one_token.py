@@ -20,15 +20,15 @@ import numpy as np
 
 from . import native
 from .cache import TTTCache
-from .layers import TTT, CausalConv1d, Conv, RoPE, SwiGLU
+from .layers import TTT, Block, CausalConv1d, Conv, RoPE, SwiGLU
 from .native import LANES, LARGEST_MINI_BATCH, values
 from .norms import LayerNorm, RMSNorm
 from .update import ttt_linear, ttt_mlp
 
 MOST = 15  # sequences: FEW of blas.c
 
-
-_KINDS = (TTT, SwiGLU, Conv, CausalConv1d, RMSNorm, LayerNorm, nn.RMSNorm, nn.Linear, nn.Embedding)
+_KINDS = (Block, TTT, SwiGLU, Conv, CausalConv1d, RMSNorm, LayerNorm, nn.RMSNorm, nn.Linear, nn.Embedding)
+_CALLS = [kind.__call__ for kind in _KINDS]  # which may be patched later, by one who wants to see activations, say
 
 
 class _Unsupported(Exception):
@@ -36,24 +36,19 @@ class _Unsupported(Exception):
 
 
 class TokenReader:
-    """Reads one token of each sequence, with pointers into a model's parameters, made again where those have changed.
+    """Reads one token of each sequence, with pointers into a model's parameters, made again where it has changed."""
 
-    Args:
-        block: the class of the model's blocks; its subclasses go through MLX operations.
-    """
-
-    def __init__(self, block: type):
-        self._block = block
-        self._calls = {kind: kind.__call__ for kind in (block, *_KINDS)}
+    def __init__(self):
         self._forget()
 
     def _forget(self) -> None:
         self._parts = _Parts()
+        self._embedding = self._norm = self._norm_eps = None
         self._blocks: ctypes.Array[_Block] | None = None
         self._texts: list[weakref.ref[_Text]] = []
 
     def __reduce__(self):
-        return TokenReader, (self._block,)  # a copy of the model has parameters of its own
+        return TokenReader, ()  # a copy of the model has parameters of its own
 
     def read(self, model, ids: mx.array, cache: Sequence[TTTCache] | None) -> mx.array | None:
         """What a TTTModel does with token ids [B, T] after those that the caches have read: hidden states [B, T, C].
@@ -66,7 +61,7 @@ class TokenReader:
         B, T = ids.shape
         if T != 1 or not cache or B > MOST or not native.available() or len(cache) != len(model.layers):
             return None
-        if (same and self._blocks is None) or any(kind.__call__ is not call for kind, call in self._calls.items()):
+        if (same and self._blocks is None) or [kind.__call__ for kind in _KINDS] != _CALLS:
             return None
         if any(type(c) is not TTTCache or c.lengths(1) != [1] * B for c in cache):
             return None
@@ -102,7 +97,7 @@ class TokenReader:
         self._norm = self._parts.weight(model, "norm", nn.RMSNorm)
         self._norm_eps = float(self._parts.setting(model.norm, "eps"))
         layers = self._parts.child(model, "layers", list)
-        blocks = [_block(self._parts, self._parts.child(layers, i, self._block)) for i in range(len(layers))]
+        blocks = [_block(self._parts, self._parts.child(layers, i, Block)) for i in range(len(layers))]
         if {self._norm.shape, self._embedding.shape[1:]} != {(block.C,) for block in blocks}:
             raise _Unsupported
         self._blocks = (_Block * len(blocks))(*blocks)

@@ -27,7 +27,7 @@ from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 import mlx_ttt
 from mlx_ttt import cli
 from mlx_ttt.checkpoint.convert import convert
-from mlx_ttt.model import Block
+from mlx_ttt.layers import Block
 from mlx_ttt.prompt_store import PromptStore
 
 from .test_model import build

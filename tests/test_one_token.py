@@ -14,8 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_ttt.layers import CausalConv1d, SwiGLU
-from mlx_ttt.model import Block, Model
+from mlx_ttt.layers import Block, CausalConv1d, SwiGLU
+from mlx_ttt.model import Model
 from mlx_ttt.norms import LayerNorm
 from mlx_ttt.one_token import MOST
 from mlx_ttt.update import ttt_linear
@@ -243,10 +243,12 @@ def test_what_was_replaced_does_not_stay_in_memory():
     model = build("linear", "111")
     step(model, started(model))
     old = [weakref.ref(layer.mlp.up_proj) for layer in model.layers]
+    old += [weakref.ref(module.weight) for module in (model.model.embed_tokens, model.model.norm)]
     quantize(model)
+    model.update({"model": {name: {"weight": mx.ones(n)} for name, n in (("embed_tokens", (61, 32)), ("norm", (32,)))}})
     started(model)
     gc.collect()
-    assert not any(layer() for layer in old)
+    assert not any(part() for part in old)
 
 
 def test_a_layer_can_be_added_or_taken_away(spy, monkeypatch):
@@ -468,9 +470,8 @@ def test_other_layers_are_left_to_mlx(change, spy, monkeypatch):
 @pytest.mark.parametrize("kind", [Block, SwiGLU, CausalConv1d])
 def test_so_are_classes_that_have_been_patched(kind, spy, monkeypatch):
     """By one who wants to see activations, say."""
-    model = build("linear", "111")
-    cache = started(model)
-    expected = step(model, cache)
+    old = build("linear", "111")
+    expected = step(old, started(old))
     call, seen = kind.__call__, []
 
     def patched(self, *arguments):
@@ -478,9 +479,12 @@ def test_so_are_classes_that_have_been_patched(kind, spy, monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(kind, "__call__", patched)
-    spy.taken()
-    assert largest_error(step(model, cache), expected) <= BOUND
-    assert len(seen) >= len(model.layers) and "token" not in spy.taken()
+    for model in (old, build("linear", "111")):
+        cache = started(model)
+        seen.clear()
+        spy.taken()
+        assert largest_error(step(model, cache), expected) <= BOUND
+        assert len(seen) >= len(model.layers) and "token" not in spy.taken()
     monkeypatch.setattr(kind, "__call__", call)
     step(model, cache)
     assert spy.taken() == {"token"}
