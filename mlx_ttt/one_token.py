@@ -23,7 +23,7 @@ from .cache import TTTCache
 from .layers import TTT, Block, CausalConv1d, Conv, RoPE, SwiGLU
 from .native import LANES, LARGEST_MINI_BATCH, values
 from .norms import LayerNorm, RMSNorm
-from .update import ttt_linear, ttt_mlp
+from .update import state_shapes, ttt_linear, ttt_mlp
 
 MOST = 15  # sequences: FEW of blas.c
 
@@ -55,11 +55,13 @@ class TokenReader:
 
         None if it must do it itself.
         """
+        if not native.available():
+            return None
         same = self._parts.same()
         if not same:
             self._forget()  # whatever is read: what was replaced need not stay in memory
         B, T = ids.shape
-        if T != 1 or not cache or B > MOST or not native.available() or len(cache) != len(model.layers):
+        if T != 1 or not cache or B > MOST or len(cache) != len(model.layers):
             return None
         if (same and self._blocks is None) or [kind.__call__ for kind in _KINDS] != _CALLS:
             return None
@@ -110,15 +112,12 @@ class _Parts:
     """
 
     def __init__(self):
-        self._kept: list = []
-        self._nothing()
-
-    def _nothing(self) -> None:
         self._containers: dict[int, tuple] = {}  # each with its type and length
         self._places: tuple[list, list] = [], []  # containers and keys
         self._parts: list = []
         self._arrays: list[mx.array] = []
         self._addresses: list[int] = []
+        self._kept: list = []
 
     def keep(self, data) -> None:
         """What must live as long as pointers into it."""
@@ -155,7 +154,7 @@ class _Parts:
         if array.dtype != mx.float32:
             raise _Unsupported
         if native.traced([array]):
-            self._nothing()  # until it is over
+            self._parts.clear()  # so that this is looked at again, until it is over
             raise _Unsupported
         try:
             self._addresses += _addresses([array])
@@ -173,9 +172,9 @@ class _Parts:
             raise _Unsupported
         return weight
 
-    def setting(self, module, name: str):
+    def setting(self, module, name: str, kind: type | None = None):
         """An attribute of a module that is no parameter."""
-        return self.child(vars(module), name)
+        return self.child(vars(module), name, kind)
 
 
 def _addresses(arrays: list[mx.array]) -> list[int]:
@@ -236,19 +235,17 @@ def _block(parts: _Parts, block) -> _Block:
     views |= {"gamma": parts.parameter(ttt, "ttt_norm_weight"), "beta": parts.parameter(ttt, "ttt_norm_bias")}
     views |= {f"lr_{name}": parts.parameter(ttt, f"learnable_ttt_lr_{name}") for name in ("weight", "bias")}
     parts.parameter(ttt, "learnable_token_idx")
-    rope = parts.setting(ttt, "rope")
+    rope = parts.setting(ttt, "rope", RoPE)
     views |= {name: parts.array(parts.setting(rope, name)) for name in ("cos", "sin")}
     views["t"] = values(ttt.token_factors())
     parts.keep(views)
 
     H, D, K = (parts.setting(ttt, name) for name in ("num_heads", "head_dim", "mini_batch_size"))
     F, kernel, eps = len(views["gate"]), kernel_sizes.pop(), rms_norm_eps.pop()
-    if kernel_sizes or rms_norm_eps or D % LANES or F % LANES or K > LARGEST_MINI_BATCH:
-        raise _Unsupported
-    if not _fit(views, H * D, H, D, K, F, kernel):
-        raise _Unsupported
     rule = parts.setting(ttt, "update_rule")
-    if type(rope) is not RoPE or rule not in (ttt_linear, ttt_mlp):
+    if kernel_sizes or rms_norm_eps or rule not in (ttt_linear, ttt_mlp):
+        raise _Unsupported
+    if D % LANES or F % LANES or K > LARGEST_MINI_BATCH or not _fit(views, H, D, K, F, kernel):
         raise _Unsupported
     pointers = {name: view.ctypes.data for name, view in views.items()}
     epsilons = {"rms_norm_eps": eps, "post_norm_eps": parts.setting(norm, "eps")}
@@ -256,8 +253,9 @@ def _block(parts: _Parts, block) -> _Block:
     return _Block(H * D, H, D, K, F, kernel, rule is ttt_mlp, base_lr=base_lr, **pointers, **epsilons)
 
 
-def _fit(views: dict[str, np.ndarray], C: int, H: int, D: int, K: int, F: int, kernel: int) -> bool:
-    """Whether all have the shapes that C takes them to have."""
+def _fit(views: dict[str, np.ndarray], H: int, D: int, K: int, F: int, kernel: int) -> bool:
+    """Whether all have the shapes that the code in C takes them to have."""
+    C = H * D
     shapes = {
         **dict.fromkeys(("q", "k", "v", "o", "g"), (C, C)),
         **dict.fromkeys(("gate", "up"), (F, C)),
@@ -277,7 +275,8 @@ class _Text:
     """
 
     def __init__(self, cache: TTTCache, block: _Block):
-        if _shapes(cache) != _shapes_in(block, len(cache.offset)):
+        arrays = _by_name(cache.weights, cache.rows, cache.history)
+        if {name: array.shape for name, array in arrays.items()} != _shapes(block, len(cache.offset)):
             raise _Unsupported
         self._mini_batch_size = cache.mini_batch_size
         self._kept = cache.weights  # until a mini-batch is complete
@@ -289,8 +288,7 @@ class _Text:
         self.pointers = self._point()
 
     def _point(self) -> _State:
-        arrays = {"phase": self._phase, "rows": self._rows, **self._history}
-        arrays |= zip(("W1", "b1", "W2", "b2"), self._weights, strict=False)
+        arrays = {"phase": self._phase, **_by_name(self._weights, self._rows, self._history)}
         return _State(**{name: array.ctypes.data for name, array in arrays.items()})
 
     def prepare(self) -> None:
@@ -306,17 +304,12 @@ class _Text:
         return {"weights": weights, "rows": mx.array(self._rows), "history": history}
 
 
-def _shapes(cache: TTTCache) -> dict:
-    weights = dict(zip(("W1", "b1", "W2", "b2"), cache.weights, strict=False))
-    arrays = {**weights, "rows": cache.rows, **cache.history}
-    return {name: array.shape for name, array in arrays.items()}
+def _by_name(weights: Sequence, rows, history: dict) -> dict:
+    return {**dict(zip(("W1", "b1", "W2", "b2"), weights, strict=False)), "rows": rows, **history}
 
 
-def _shapes_in(block: _Block, B: int) -> dict:
-    """Those of B sequences in a block."""
-    H, D, F = block.H, block.D, 4 * block.D if block.mlp else block.D
-    shapes = {"W1": (B, H, D, F), "b1": (B, H, 1, F), "rows": (B, H, block.K, 2 * D)}
-    if block.mlp:
-        shapes |= {"W2": (B, H, F, D), "b2": (B, H, 1, D), "rows": (B, H, block.K, 2 * (D + F))}
+def _shapes(block: _Block, B: int) -> dict:
+    """Those of the state of B sequences in a block, by the same names."""
     convolutions = {"conv": block.conv, "conv_qk": block.conv_q} if block.kernel > 1 else {}
-    return shapes | {name: (B, block.kernel - 1, block.C) for name, there in convolutions.items() if there}
+    history = {name: (B, block.kernel - 1, block.C) for name, there in convolutions.items() if there}
+    return state_shapes(10 if block.mlp else 2, B, block.H, block.D, block.K) | history

@@ -58,6 +58,15 @@ def step(model, cache, token=7):
     return logits
 
 
+def step_in_c(model, cache, spy, monkeypatch, what=""):
+    """The same, which went through C and is what MLX operations make of it."""
+    spy.taken()
+    found = step(model, cache)
+    assert spy.taken() == {"token"}
+    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND, what
+    return found
+
+
 def assert_same_state(cache, expected):
     for c, e in zip(cache, expected, strict=True):
         assert c.offset == e.offset
@@ -95,19 +104,13 @@ def test_logits_and_state_are_those_of_mlx_operations(kind, flags, conv_kernel, 
 def test_sizes(kind, sizes, spy, monkeypatch):
     model = build(kind, "111", **sizes)
     cache = started(model, (1, 2))
-    spy.taken()
-    found = step(model, cache)
-    assert spy.taken() == {"token"}
-    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    step_in_c(model, cache, spy, monkeypatch)
 
 
 def test_a_large_model_goes_through_several_threads(spy, monkeypatch):
     model = build("linear", "111", hidden_size=512, num_attention_heads=8, intermediate_size=1000)
     cache = started(model, (1, 2, 7))
-    spy.taken()
-    found = step(model, cache)
-    assert spy.taken() == {"token"}
-    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    step_in_c(model, cache, spy, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,10 +142,7 @@ def test_every_parameter_can_be_replaced(kind, flags, spy, monkeypatch):
     for name, parameter in tree_flatten(model.model.parameters()):
         before = step(model, cache)
         model.model.load_weights([(name, parameter * 1.5 + 0.5)], strict=False)
-        spy.taken()
-        found = step(model, cache)
-        assert spy.taken() == {"token"}
-        assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND, name
+        found = step_in_c(model, cache, spy, monkeypatch, name)
         if name.rsplit(".", 1)[-1] not in ("W1", "b1", "W2", "b2"):  # where a text starts
             assert largest_error(found, before) > 1e-4, name
         model.model.load_weights([(name, parameter)], strict=False)
@@ -159,10 +159,7 @@ def test_every_parameter_can_be_changed_in_place(kind, flags, spy, monkeypatch):
         parameter += 0.5
         mx.eval(parameter)
         mx.clear_cache()
-        spy.taken()
-        found = step(model, cache)
-        assert spy.taken() == {"token"}
-        assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND, name
+        found = step_in_c(model, cache, spy, monkeypatch, name)
         if name.rsplit(".", 1)[-1] not in ("W1", "b1", "W2", "b2"):
             assert largest_error(found, before) > 1e-4, name
         parameter[:] = mx.array(saved)
@@ -219,10 +216,7 @@ def test_every_setting_can_be_changed(change, spy, monkeypatch):
     cache = started(model, (1, 2, 4))
     before = step(model, cache)
     change(model)
-    spy.taken()
-    found = step(model, cache)
-    assert spy.taken() == {"token"}
-    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    found = step_in_c(model, cache, spy, monkeypatch)
     assert largest_error(found, before) > 1e-4
 
 
@@ -231,10 +225,7 @@ def test_a_gate_can_be_added(spy, monkeypatch):
     cache = started(model)
     before = step(model, cache)
     model.layers[1].seq_modeling_block.g_proj = nn.Linear(32, 32, bias=False)
-    spy.taken()
-    found = step(model, cache)
-    assert spy.taken() == {"token"}
-    assert largest_error(found, without_native(monkeypatch, lambda: step(model, cache))) <= BOUND
+    found = step_in_c(model, cache, spy, monkeypatch)
     assert largest_error(found, before) > 1e-4
 
 
@@ -258,10 +249,7 @@ def test_a_layer_can_be_added_or_taken_away(spy, monkeypatch):
     for change in (lambda: model.layers.append(last), lambda: model.layers.__delitem__(slice(-2, None))):
         change()
         cache = started(model)
-        spy.taken()
-        found = step(model, cache)
-        assert spy.taken() == {"token"}
-        assert largest_error(found, without_native(monkeypatch, lambda cache=cache: step(model, cache))) <= BOUND
+        step_in_c(model, cache, spy, monkeypatch)
 
 
 def test_a_cache_of_another_model_is_refused():

@@ -123,6 +123,19 @@ def ttt_mlp_step(
     return _step_backend().ttt_mlp_step(q, k, v, lr, t, gamma, beta, weights, rows, phase)
 
 
+def state_shapes(row_parts: int, B: int, H: int, D: int, K: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the weights and rows by name.
+
+    Args:
+        row_parts: R / D, how many vectors of a head a row has room for: 2 for TTT-Linear, 10 for TTT-MLP.
+    """
+    hidden = D if row_parts == 2 else 4 * D
+    shapes = {"W1": (B, H, D, hidden), "b1": (B, H, 1, hidden)}
+    if row_parts == 10:
+        shapes |= {"W2": (B, H, hidden, D), "b2": (B, H, 1, D)}
+    return shapes | {"rows": (B, H, K, row_parts * D)}
+
+
 def _backend(q: mx.array, K: int):
     if metal.available():
         return metal
@@ -141,15 +154,13 @@ def _check(row_parts, q, k, v, lr, t, gamma, beta, weights, rows) -> tuple[int, 
     (K,) = t.shape if t.ndim == 1 else (0,)
     if K == 0:
         raise ValueError(f"t has shape {t.shape}, expected [K] with K > 0")
-    hidden = D if row_parts == 2 else 4 * D
-    matrices = {"W1": (D, hidden), "b1": (1, hidden)}
-    if row_parts == 10:
-        matrices |= {"W2": (hidden, D), "b2": (1, D)}
+    state = state_shapes(row_parts, B, H, D, K)
+    rows_shape, matrices = state.pop("rows"), list(state)
     if len(weights) != len(matrices):
         raise ValueError(f"weights has {len(weights)} arrays, expected ({', '.join(matrices)})")
     expected = {"k": (k, (B, T, H, D)), "v": (v, (B, T, H, D)), "lr": (lr, (B, T, H))}
-    expected |= {"gamma": (gamma, (H, D)), "beta": (beta, (H, D)), "rows": (rows, (B, H, K, row_parts * D))}
-    expected |= {n: (w, (B, H, *shape)) for (n, shape), w in zip(matrices.items(), weights, strict=True)}
+    expected |= {"gamma": (gamma, (H, D)), "beta": (beta, (H, D)), "rows": (rows, rows_shape)}
+    expected |= {name: (w, shape) for (name, shape), w in zip(state.items(), weights, strict=True)}
     for name, (array, shape) in expected.items():
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
