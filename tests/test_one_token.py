@@ -600,3 +600,17 @@ def test_while_parameters_are_traced_it_is_left_to_mlx(spy, tmp_path):
     projection.weight = weight
     assert largest_error(step(model, cache), expected) <= BOUND
     assert spy.taken() == {"token"}
+
+
+def test_once_a_gradient_is_taken_its_parameters_are_read_in_c(spy, monkeypatch):
+    """The same array, which was part of a transformation, and no longer is."""
+    model = build("linear", "111")
+    cache = started(model)
+    projection = model.layers[1].mlp.up_proj
+
+    def function(weight):
+        projection.weight = weight
+        return step(model, cache).sum()
+
+    mx.eval(mx.grad(function)(projection.weight))
+    step_in_c(model, cache, spy, monkeypatch)
