@@ -26,15 +26,15 @@ class Limits:
         self.side = 1024 if self.on_cpu else 4096
         self.a, self.b = (mx.random.normal((self.side, self.side)).astype(self.dtype) for _ in range(2))
         mx.eval(self.a, self.b)
-        self._read()
+        self._memory()
         self._multiply()
 
     def measure(self) -> dict:
         """bytes_per_second: an array read once; flops_per_second: a square product, 2 per multiply-add."""
-        read, multiply = self._read(), self._multiply()
-        return {"bytes_per_second": BYTES / read, "flops_per_second": 2 * self.side**3 / multiply}
+        memory, multiply = self._memory(), self._multiply()
+        return {"bytes_per_second": BYTES / memory, "flops_per_second": 2 * self.side**3 / multiply}
 
-    def _read(self) -> float:
+    def _memory(self) -> float:
         """On a CPU in NumPy, in as many threads as matrix products have: MLX reduces in one. For the largest of all
         numbers or a product with a vector, whichever is faster: the second reads in more places at a time."""
         if not self.on_cpu:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_ttt import _blas  # before MLX: OpenBLAS
+from mlx_ttt.backends.cpu import library  # before MLX: OpenBLAS
 
 import mlx.core as mx  # isort: skip
 
@@ -65,7 +65,7 @@ def _device() -> str:
 def _products() -> str:
     if sys.platform == "darwin":
         return "Accelerate"
-    return _blas.description()
+    return library.description()
 
 
 def _compiler() -> str:

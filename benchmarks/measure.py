@@ -47,8 +47,8 @@ class Contender:
         """Bytes."""
         return models.memory_estimate(self.config, self.dtype, tokens)
 
-    def read(self, tokens: int) -> dict:
-        answer = self.worker.call("read", tokens=tokens)
+    def prefill(self, tokens: int) -> dict:
+        answer = self.worker.call("prefill", tokens=tokens)
         self.kept.add(tokens)
         return answer
 
@@ -59,7 +59,7 @@ class Contender:
 
     def decode(self, context: int, tokens: int) -> dict:
         if context not in self.kept and not self.invents:
-            self.read(context)
+            self.prefill(context)
         return self.worker.call("decode", context=context, tokens=tokens) | {"tokens": tokens}
 
     def stop(self) -> None:
@@ -92,7 +92,7 @@ class Comparison:
         """Read prompts of these lengths; write after prompts of those, in each round as often as they are named."""
         try:
             for tokens in prompts:
-                self._rounds("read", [(c, [tokens]) for c in self._able(tokens)], Contender.read)
+                self._rounds("read", [(c, [tokens]) for c in self._able(tokens)], Contender.prefill)
             ready = {n: self._ready(n) if n in prompts else list(self._able(n)) for n in contexts}
             turns = [(c, [n for n in contexts if c in ready[n]]) for c in self.contenders]
             self._rounds("decode", turns, lambda c, n: c.decode(n, self.effort.decode_tokens))

@@ -17,8 +17,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_ttt import update
-from mlx_ttt.update import metal
+import mlx_ttt.model  # noqa: F401  which plugs the kernels in
+from mlx_ttt.backends.metal.rule import available
+from mlx_ttt.network.dual import update
+from mlx_ttt.network.inner import INNER_MODELS, InnerModel
+from mlx_ttt.network.rule import Learner, State, Tokens
 
 K = 16
 LAYERS = 24
@@ -26,29 +29,30 @@ HEADS = {64: 32, 96: 16}
 REPETITIONS = 7
 
 
-def random_call(model: str, D: int, tokens: int, dtype: mx.Dtype) -> dict:
+def random_call(inner: InnerModel, D: int, tokens: int, dtype: mx.Dtype) -> tuple[Tokens, Learner, State]:
     """The arguments of one layer's call at the start of a text."""
-    H, F = HEADS[D], D if model == "linear" else 4 * D
-    weights = [0.1 * mx.random.normal((1, H, D, F)), mx.zeros((1, H, 1, F))]
-    if model == "mlp":
-        weights += [0.1 * mx.random.normal((1, H, F, D)), mx.zeros((1, H, 1, D))]
-    call = {name: mx.random.normal((1, tokens, H, D)).astype(dtype) for name in ("q", "k", "v")}
-    call |= {"lr": mx.random.uniform(shape=(1, tokens, H)) / D, "t": 1 / mx.arange(1, K + 1)}
-    call |= {"gamma": mx.ones((H, D)), "beta": mx.zeros((H, D)), "weights": tuple(weights)}
-    return call | {"rows": mx.zeros((1, H, K, (2 if model == "linear" else 10) * D)), "phase": [0]}
+    H = HEADS[D]
+    q, k, v = (mx.random.normal((1, tokens, H, D)).astype(dtype) for _ in range(3))
+    lr = mx.random.uniform(shape=(1, tokens, H)) / D
+    weights = tuple(
+        mx.zeros((1, H, *shape)) if name.startswith("b") else 0.1 * mx.random.normal((1, H, *shape))
+        for name, shape in inner.weight_shapes(D).items()
+    )
+    learner = Learner(inner, 1 / mx.arange(1, K + 1), mx.ones((H, D)), mx.zeros((H, D)))
+    return Tokens(q, k, v, lr), learner, State(weights, mx.zeros((1, H, K, inner.row_width(D))), [0])
 
 
-def prefill(rule: Callable, call: dict) -> None:
-    mx.eval([rule(**call) for _ in range(LAYERS)])
+def prefill(tokens: Tokens, learner: Learner, state: State) -> None:
+    results = [update(tokens, learner, state) for _ in range(LAYERS)]
+    mx.eval([(y, after.weights, after.rows) for y, after in results])
 
 
-def decode(rule: Callable, call: dict) -> None:
+def decode(tokens: Tokens, learner: Learner, state: State) -> None:
     """One mini-batch of tokens, one at a time, so that the commit has its share."""
-    states = [{"weights": call["weights"], "rows": call["rows"]} for _ in range(LAYERS)]
-    for n in range(K):
-        outputs = [rule(**(call | state | {"phase": [n]})) for state in states]
-        states = [{"weights": weights, "rows": rows} for _, weights, rows in outputs]
-        mx.eval([y for y, _, _ in outputs])
+    states = [state] * LAYERS
+    for _ in range(K):
+        outputs, states = zip(*(update(tokens, learner, state) for state in states), strict=True)
+        mx.eval(outputs)
 
 
 def milliseconds(function: Callable, *arguments) -> float:
@@ -67,21 +71,20 @@ def main() -> None:
     options = parser.parse_args()
     dtype = getattr(mx, options.dtype)
 
-    kernels = ["1", "0"] if metal.available() else ["0"]
+    kernels = ["1", "0"] if available() else ["0"]
     print(f"{mx.default_device()}, {options.dtype}, {LAYERS} layers, milliseconds")
     if kernels == ["0"]:
         print("no Metal device, or MLX_TTT_KERNELS=0: MLX operations only")
     print(f"{'':24}{'':>12}{f'prefill {options.prompt}':>16}{'a token':>12}")
-    for model in ("linear", "mlp"):
-        rule = {"linear": update.ttt_linear, "mlp": update.ttt_mlp}[model]
+    for inner in INNER_MODELS.values():
         for D in HEADS:
-            prompt, token = (random_call(model, D, n, dtype) for n in (options.prompt, 1))
+            prompt, token = (random_call(inner, D, n, dtype) for n in (options.prompt, 1))
             for switch in kernels:
                 os.environ["MLX_TTT_KERNELS"] = switch
                 how = "kernels" if switch == "1" else "operations"
-                of_prompt = milliseconds(prefill, rule, prompt)
-                of_token = milliseconds(decode, rule, token) / K
-                print(f"TTT-{model}, D = {D:<10}{how:>12}{of_prompt:16.2f}{of_token:12.3f}", flush=True)
+                of_prompt = milliseconds(prefill, *prompt)
+                of_token = milliseconds(decode, *token) / K
+                print(f"TTT-{inner.name}, D = {D:<10}{how:>12}{of_prompt:16.2f}{of_token:12.3f}", flush=True)
 
 
 if __name__ == "__main__":

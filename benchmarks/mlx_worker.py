@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
+from mlx_ttt.backends.cpu.prepare import prepare
 from mlx_ttt.checkpoint.convert import convert
-from mlx_ttt.cpu import prepare
-from mlx_ttt.generation import PREFILL_STEP_SIZE
 from mlx_ttt.loading import load_model
+from mlx_ttt.text.state import PREFILL_STEP_SIZE
 
 
 class Model:
@@ -32,11 +32,11 @@ class Model:
         self.vocabulary = config["vocab_size"]
         self.options = {"prefill_step_size": PREFILL_STEP_SIZE} if config["model_type"] == "ttt" else {}
         self.states: dict[int, list] = {}
-        self.read(20)  # whatever is compiled or allocated once, in all phases of a mini-batch
+        self.prefill(20)  # whatever is compiled or allocated once, in all phases of a mini-batch
         self.decode(20, 8)
         self.states.clear()
 
-    def read(self, tokens: int) -> dict:
+    def prefill(self, tokens: int) -> dict:
         """Read a prompt as a user does, up to the first new token.
 
         Returns:
@@ -57,7 +57,7 @@ class Model:
         return self._costs(seconds, cache, others)
 
     def decode(self, context: int, tokens: int) -> dict:
-        """Write `tokens` tokens after a prompt that has been read. Returns what `read` does."""
+        """Write `tokens` tokens after a prompt that has been read. Returns what `prefill` does."""
         if context not in self.states:
             self.states[context] = self._invented(context)
         kept = self.states[context]

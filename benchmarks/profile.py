@@ -16,9 +16,10 @@ from .report import table
 
 import mlx.core as mx  # isort: skip
 
-from mlx_ttt.activations import gelu_times, silu_times
-from mlx_ttt.cpu import prepare
-from mlx_ttt.generation import PREFILL_STEP_SIZE
+from mlx_ttt.backends.cpu.prepare import prepare
+from mlx_ttt.network.operations import geglu, swiglu
+from mlx_ttt.network.rule import Tokens
+from mlx_ttt.text.state import PREFILL_STEP_SIZE
 
 TOKENS = PREFILL_STEP_SIZE
 ROUNDS = 15
@@ -70,16 +71,13 @@ def parts(model, T: int, bandwidth: float, rate: float) -> dict[str, tuple[Calla
         return lambda: [function(layer, cache.copy()) for layer, cache in zip(layers, caches, strict=True)]
 
     def update(layer, cache):
-        ttt = layer.seq_modeling_block
-        constants = ttt.token_factors(), ttt.ttt_norm_weight, ttt.ttt_norm_bias
-        return cache.update(ttt.update_rule, (q, q, q, lr), constants), cache.state
+        return cache.update(Tokens(q, q, q, lr), layer.seq_modeling_block.learner()), cache.state
 
     def convolutions(layer, cache):
         return layer.conv(x, cache), layer.seq_modeling_block.queries_and_keys(x, cache)
 
     def rope(layer, cache):
-        ttt = layer.seq_modeling_block
-        return ttt.rope.rotate(q, ttt.rope.table(cache.phase, T)), ttt.rope.rotate(q, ttt.rope.table(cache.phase, T))
+        return layer.seq_modeling_block.rope(q, q, cache.phase)
 
     def projections(layer, _):
         ttt = layer.seq_modeling_block
@@ -97,8 +95,8 @@ def parts(model, T: int, bandwidth: float, rate: float) -> dict[str, tuple[Calla
             each(lambda layer, _: (layer.mlp.gate_proj(x), layer.mlp.up_proj(x), layer.mlp.down_proj(wide))),
             least(3 * C * F * n),
         ),
-        "silu(gate) · up": (each(lambda layer, _: silu_times(wide, wide)), 0),
-        "gelu(gate) · y": (each(lambda layer, _: gelu_times(x, x)), 0),
+        "silu(gate) · up": (each(lambda layer, _: swiglu(wide, wide)), 0),
+        "gelu(gate) · y": (each(lambda layer, _: geglu(x, x)), 0),
         "update rule": (each(update), 0),
         "RoPE": (each(rope), 0),
         "norms": (each(lambda layer, _: (layer.ffn_norm(x), layer.seq_modeling_block.post_norm(x))), 0),

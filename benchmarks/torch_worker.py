@@ -27,7 +27,7 @@ class Model:
         self.code = _load(Path(file))
         self.model = self._build(config)
         self.states: dict[int, object] = {}
-        self.read(16)  # whatever is allocated once
+        self.prefill(16)  # whatever is allocated once
         self.decode(16, 16)
 
     def _build(self, config: dict):
@@ -38,7 +38,7 @@ class Model:
         tied = {w.data_ptr(): w.numel() for w in self.model.parameters()}
         return {"parameters": sum(tied.values()), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
-    def read(self, tokens: int) -> dict:
+    def prefill(self, tokens: int) -> dict:
         """Read a prompt up to the first new token.
 
         Returns:
@@ -66,7 +66,7 @@ class Model:
         }
 
     def decode(self, context: int, tokens: int) -> dict:
-        """Write `tokens` tokens after a prompt that has been read. Returns seconds and bytes, as `read` does."""
+        """Write `tokens` tokens after a prompt that has been read. Returns seconds and bytes, as `prefill` does."""
         cache = copy.deepcopy(self.states[context])
         token = torch.zeros((1, 1), dtype=torch.long)
         for n in range(WARM_UP + tokens):
@@ -91,6 +91,26 @@ class Model:
             steps.append(self._next(model, hidden).log_softmax(-1)[0])
             token = steps[-1].argmax().reshape(1, 1)
         return {"tokens": [int(s.argmax()) for s in steps], "logprobs": [s.tolist() for s in steps]}
+
+    def step(self, tokens: int) -> dict:
+        """One training step: the gradients of the mean cross entropy of a random text.
+
+        Returns:
+            seconds of it, and of the processor; the loss; the largest resident memory of the process so far, in bytes.
+        """
+        ids = torch.randint(0, self.config["vocab_size"], (1, tokens + 1))
+        self.model.zero_grad(set_to_none=True)
+        start, busy = time.perf_counter(), time.process_time()
+        with torch.enable_grad():
+            logits = self.model(input_ids=ids[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[0], ids[0, 1:])
+            loss.backward()
+        return {
+            "seconds": time.perf_counter() - start,
+            "busy_seconds": time.process_time() - busy,
+            "loss": loss.item(),
+            "resident_bytes": resident_bytes(),
+        }
 
     @staticmethod
     def _backbone(model, ids: torch.Tensor, cache) -> tuple[torch.Tensor, object]:

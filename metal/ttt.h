@@ -1,8 +1,8 @@
-// What the two inner models share: 8x8 tiles, the row sums of a LayerNorm and of its gradient, and the tanh GELU.
+// What the kernels of both inner models use: 8x8 tiles, the LayerNorm and its gradient, the tanh GELU.
 //
-// All arithmetic is float32. A tile is one simdgroup_float8x8; its 64 elements lie in the registers of the 32 lanes
-// of a simdgroup, two neighbours of a row in each lane. Matrix products work on whole tiles, everything else works on
-// those pairs, so no product has to pass through memory before it is used.
+// All arithmetic is float32. A tile is one simdgroup_float8x8. The 32 lanes of a simdgroup hold its 64 elements in
+// registers: two neighbours of a row in each lane. Matrix products take whole tiles, and everything else takes those
+// pairs. So a product can be used without a detour through memory.
 #ifndef TTT_H
 #define TTT_H
 
@@ -12,9 +12,9 @@
 using namespace metal;
 
 #define TTT_CONST static constant constexpr const
-// Loops over register arrays are unrolled in full: an index known only at run time would put the array in memory.
+// For loops over register arrays: an index that is known only at run time would put the array in memory.
 #define TTT_UNROLL _Pragma("clang loop unroll(full)")
-// Loops over device memory that are too long for that still have 16 loads under way.
+// For long loops over device memory: keeps 16 loads under way.
 #define TTT_UNROLL_16 _Pragma("clang loop unroll_count(16)")
 
 namespace ttt {
@@ -23,7 +23,7 @@ constant constexpr float LAYER_NORM_EPS = 1e-6f;
 
 typedef simdgroup_float8x8 Tile;
 
-// Which elements of a tile a lane holds: (row, col) and (row, col + 1).
+// A lane holds the elements (row, col) and (row, col + 1) of a tile.
 struct Lane {
   int row;
   int col;
@@ -94,13 +94,13 @@ METAL_FUNC ushort lane_holding(int row, int col) {
 
 METAL_FUNC Tile transposed(thread Tile& tile, Lane lane) {
   const float2 mine = pair(tile);
-  const ushort from = lane_holding(lane.col, lane.row);  // and the row below it lies two lanes on
+  const ushort from = lane_holding(lane.col, lane.row);  // two lanes on is the row below
   const float2 upper = float2(simd_shuffle(mine.x, from), simd_shuffle(mine.y, from));
   const float2 lower = float2(simd_shuffle(mine.x, from + 2), simd_shuffle(mine.y, from + 2));
   return tile_of(lane.row & 1 ? float2(upper.y, lower.y) : float2(upper.x, lower.x));
 }
 
-// The sum over the four lanes that hold a row of a tile, in all four.
+// Sums over the four lanes that hold a row of a tile; all four get the sum.
 METAL_FUNC float row_sum(float x) {
   x += simd_shuffle_xor(x, 1);
   return x + simd_shuffle_xor(x, 8);
@@ -112,8 +112,9 @@ METAL_FUNC float sum(float2 x) {
 
 // ---- The tokens of a mini-batch -----------------------------------------------------------------------------------
 
-// Rows 0 ... first - 1 were read by earlier calls, rows first ... count - 1 are the tokens start + first ... start +
-// count - 1 of this call, the others do not exist yet and count as zero.
+// A mini-batch, seen from a call. Row i stands for token start + i of the call, so a mini-batch that an earlier call
+// opened has a negative start. Rows before `first` are open rows of earlier calls, rows first ... count - 1 are tokens
+// of this call, and rows from `count` on do not exist yet: they count as zero.
 struct Span {
   int start;
   int first;
@@ -132,39 +133,48 @@ METAL_FUNC bool is_new(Span span, int row) {
   return span.first <= row && row < span.count;
 }
 
-// Two neighbours in a token's view, straight from the device.
+// Two neighbours of a token's q, k or v, from device memory.
 template <typename T>
 METAL_FUNC float2 token_pair(const device T* view, size_t stride, Span span, int row) {
   return is_new(span, row) ? pair_at(view + (span.start + row) * stride) : float2(0.0f);
 }
 
-// Brings the k, q and lr of a mini-batch to a workspace, in two halves: fetch() as early as the rows are known, put()
-// once the workspace is free, so that the threadgroup works on while the device answers. Rows of the workspace are D
-// + 4 long: the padding spreads the 8 rows of a tile over all 32 banks of threadgroup memory, and its first float in
-// a row of k holds lr.
+// Where a head's tokens and open rows are in device memory.
+template <typename T, typename LR>
+struct Source {
+  const device T* q;
+  const device T* k;
+  LR lr;
+  int H;
+  const device float* rows;  // of the open mini-batch, k first
+  int width;                 // floats of such a row
+};
+
+// Copies the k, q and lr of a mini-batch to a workspace, in two steps: fetch() starts the loads as early as possible,
+// put() stores what they brought once the workspace is free. Meanwhile the threadgroup works on.
+//
+// A row of the workspace takes D + 4 floats. The padding spreads the 8 rows of a tile over all 32 banks of threadgroup
+// memory. In the rows of k, its first float holds lr.
 template <int D, int ROWS, int THREADS, bool WITH_Q>
 struct Staging {
   TTT_CONST int STRIDE = D + 4;
   TTT_CONST int EACH = ROWS * D / THREADS;
   float k[EACH], q[WITH_Q ? EACH : 1], lr;
 
-  // open_rows: the open mini-batch, `width` floats a row, k first.
   template <typename T, typename LR>
-  METAL_FUNC void fetch(
-      const device T* q_tokens, const device T* k_tokens, LR lr_tokens, int H, const device float* open_rows, int width,
-      Span span, int thread_index) {
+  METAL_FUNC void fetch(Source<T, LR> from, Span span, int thread_index) {
     TTT_UNROLL for (int i = 0; i < EACH; ++i) {
       const int row = (thread_index + i * THREADS) / D, col = (thread_index + i * THREADS) % D;
-      const size_t token = size_t(span.start + row) * H * D + col;
+      const size_t token = size_t(span.start + row) * from.H * D + col;
       const bool is_token = is_new(span, row);
-      k[i] = is_token ? float(k_tokens[token]) : row < span.first ? open_rows[row * width + col] : 0.0f;
-      if (WITH_Q) q[i] = is_token ? float(q_tokens[token]) : 0.0f;
+      k[i] = is_token ? float(from.k[token]) : row < span.first ? from.rows[row * from.width + col] : 0.0f;
+      if (WITH_Q) q[i] = is_token ? float(from.q[token]) : 0.0f;
     }
-    lr = is_new(span, thread_index) ? float(lr_tokens[size_t(span.start + thread_index) * H]) : 0.0f;
+    lr = is_new(span, thread_index) ? float(from.lr[size_t(span.start + thread_index) * from.H]) : 0.0f;
   }
 
-  template <typename P>
-  METAL_FUNC void put(P ks, P qs, int thread_index) {
+  template <typename P, typename Q>
+  METAL_FUNC void put(P ks, Q qs, int thread_index) {
     TTT_UNROLL for (int i = 0; i < EACH; ++i) {
       const int row = (thread_index + i * THREADS) / D, col = (thread_index + i * THREADS) % D;
       ks[row * STRIDE + col] = k[i];
@@ -174,37 +184,55 @@ struct Staging {
   }
 };
 
-// A lower triangle of tiles is packed, 64 floats a tile: where tile (r, c), c <= r, begins.
+// Where view INDEX of a mini-batch is: in threadgroup memory, or from LOCAL on in device memory.
+template <int INDEX, int LOCAL, int VIEW, bool IS_LOCAL = (INDEX < LOCAL)>
+struct View {
+  static METAL_FUNC threadgroup float* at(threadgroup float* memory, device float*) {
+    return memory + INDEX * VIEW;
+  }
+};
+
+template <int INDEX, int LOCAL, int VIEW>
+struct View<INDEX, LOCAL, VIEW, false> {
+  static METAL_FUNC device float* at(threadgroup float*, device float* scratch) {
+    return scratch + (INDEX - LOCAL) * VIEW;
+  }
+};
+
+// A lower triangle of tiles is packed, 64 floats a tile. This is where tile (r, c), c <= r, begins.
 METAL_FUNC int triangle_at(int r, int c) {
   return 64 * (r * (r + 1) / 2 + c);
 }
 
-// Where element (row, col), col <= row, of such a triangle lies.
+// The place of element (row, col), col <= row, in such a triangle.
 METAL_FUNC int in_triangle(int row, int col) {
   return triangle_at(row / 8, col / 8) + row % 8 * 8 + col % 8;
 }
 
-// The causal weights of a tile, -t_i (dot_ij + 1) for j <= i, else 0.  t: of the lane's row.
-METAL_FUNC Tile causal_weights(thread Tile& dots, float t, int r, int c, Lane lane) {
+// A lane's pair of tile (r, c) of a triangle, with zeros above the diagonal.
+METAL_FUNC Tile causal(float2 x, int r, int c, Lane lane) {
   const int row = 8 * r + lane.row, col = 8 * c + lane.col;
-  const float2 weight = -t * (pair(dots) + 1.0f);
-  return tile_of(float2(col <= row ? weight.x : 0.0f, col + 1 <= row ? weight.y : 0.0f));
+  return tile_of(float2(col <= row ? x.x : 0.0f, col + 1 <= row ? x.y : 0.0f));
+}
+
+// The causal weights of a tile: -t_i (dot_ij + 1) for j <= i, else 0. t is that of the lane's row.
+METAL_FUNC Tile causal_weights(thread Tile& dots, float t, int r, int c, Lane lane) {
+  return causal(-t * (pair(dots) + 1.0f), r, c, lane);
 }
 
 // ---- LayerNorm over D columns that are spread over S simdgroups ---------------------------------------------------
 //
-// Each simdgroup reduces its own columns of a row to a few sums, writes them to threadgroup memory, and after one
-// barrier every simdgroup merges the sums of all. The sums are taken about the simdgroup's own mean m, not about
-// zero, so a row with a large mean loses no digits; they move to the row's mean as the parallel variance of Chan et
-// al. (1979) does.
+// Each simdgroup reduces its own columns of a row to a few sums and writes them to threadgroup memory. After one
+// barrier, every simdgroup merges the sums of all. The sums are taken about the simdgroup's own mean m, not about zero,
+// so that a row with a large mean loses no digits. Merging moves them to the row's mean, like the parallel variance of
+// Chan et al. (1979).
 //
-// The gradient of |LN(z) - target|^2 / 2 with respect to z is, with z^ = (z - mean) / std and u = (LN(z) - target)
-// gamma,
+// With z^ = (z - mean) / std and u = (LN(z) - target) gamma, the gradient of |LN(z) - target|^2 / 2 by z is
 //     g = (u - mean(u) - z^ mean(u z^)) / std .
-// Written as u = gamma^2 z^ + w with w = gamma (beta - target), both of its means are polynomials in z whose
-// coefficients are known before the mean and the std of z are. So one exchange serves the LayerNorm and its gradient.
+// With w = gamma (beta - target), u is gamma^2 z^ + w. So both means are polynomials in z, and their coefficients are
+// known before the mean and the std of z. This is why one exchange is enough for the LayerNorm and its gradient.
 
-// Sums over a simdgroup's columns of one row: N floats, the first two for the LayerNorm, all for the gradient.
+// The sums over a simdgroup's columns of one row. The LayerNorm needs the first two, its gradient all.
 constant constexpr int MEAN = 0;      // m = mean z
 constant constexpr int SQUARES = 1;   // sum (z - m)^2
 constant constexpr int SCALES = 2;    // sum gamma^2
@@ -213,14 +241,19 @@ constant constexpr int CURVES = 4;    // sum gamma^2 (z - m)^2
 constant constexpr int SHIFTS = 5;    // sum w
 constant constexpr int TILTS = 6;     // sum w (z - m)
 constant constexpr int NORM_SUMS = 2;
+// Of a token whose loss and norm of the write are shown, beside the sums of its z.
+constant constexpr int MISSED = 2;     // sum (LN(z) - target)^2
+constant constexpr int E_SQUARES = 3;  // sum e^2
+constant constexpr int SHOWN_SUMS = 4;
 constant constexpr int GRADIENT_SUMS = 7;
 
-// Which of a row's four lanes this is: they share the merging of the sums of S simdgroups.
+// Which of a row's four lanes this is. They share the work of merging the sums of S simdgroups.
 METAL_FUNC int quarter(Lane lane) {
   return lane.col / 2;
 }
 
-// Mean and centred squares of one row over the columns of this simdgroup. z: the lane's pairs, one from each tile.
+// Mean and sum of centred squares of one row, over the columns of this simdgroup. z holds the lane's pairs, one from
+// each tile.
 template <int TILES>
 METAL_FUNC float2 moments(thread float2* z) {
   float total = 0;
@@ -280,7 +313,7 @@ struct NormGradient {
   float mean_uz;
 };
 
-// The row's mean and 1 / std, from the sums of S simdgroups that lie N floats apart.
+// The row's mean and 1 / std, from the sums of S simdgroups, which lie N floats apart.
 template <int D, int S, int N>
 METAL_FUNC Norm merge_norm(const threadgroup float* sums, Lane lane) {
   float mean = 0, squares = 0;
@@ -317,15 +350,15 @@ METAL_FUNC float2 normalized(Norm norm, float2 z) {
   return (z - norm.mean) * norm.inv_std;
 }
 
-// g of the lane's pair of columns.
+// g for the lane's pair of columns.
 METAL_FUNC float2 gradient(NormGradient row, float2 z, float2 w, float2 gamma) {
   const float2 z_hat = normalized(row.norm, z);
   return (gamma * gamma * z_hat + w - row.mean_u - z_hat * row.mean_uz) * row.norm.inv_std;
 }
 
-// ---- The same over the lanes of one simdgroup: lane l holds columns l, l + 32, ... of a row of D ------------------
+// ---- A row of D within one simdgroup ------------------------------------------------------------------------------
 //
-// For the step forms. Columns past D (D = 16) hold zero.
+// Lane l holds columns l, l + 32, ... of the row. Columns past D, which there are where D = 16, hold zero.
 
 template <int D>
 struct Columns {
@@ -376,6 +409,15 @@ struct Columns {
     }
   }
 
+  // |LN(z) - target|^2 / 2
+  static METAL_FUNC float loss(thread float* z, thread float* target, thread float* gamma, thread float* beta, int lane) {
+    float missed[COUNT];
+    copy(missed, z);
+    normalize(missed, lane);
+    TTT_UNROLL for (int i = 0; i < COUNT; ++i) missed[i] = gamma[i] * missed[i] + beta[i] - target[i];
+    return 0.5f * dot(missed, missed);
+  }
+
   template <typename P>
   static METAL_FUNC void load(thread float* x, P from, int lane) {
     TTT_UNROLL for (int i = 0; i < COUNT; ++i) x[i] = has(lane + 32 * i) ? float(from[lane + 32 * i]) : 0.0f;
@@ -412,6 +454,14 @@ METAL_FUNC Gelu gelu(float x) {
   out.value = x * half_up;
   out.slope = half_up + 0.5f * x * (1.0f - tanh_u * tanh_u) * SQRT_2_BY_PI * (1.0f + 3.0f * CUBIC * x * x);
   return out;
+}
+
+// The second derivative.
+METAL_FUNC float gelu_curve(float x) {
+  constexpr float SQRT_2_BY_PI = 0.7978845608f, CUBIC = 0.044715f;
+  const float tanh_u = precise::tanh(SQRT_2_BY_PI * (x + CUBIC * x * x * x));
+  const float slope = SQRT_2_BY_PI * (1.0f + 3.0f * CUBIC * x * x), curve = SQRT_2_BY_PI * 6.0f * CUBIC * x;
+  return (1.0f - tanh_u * tanh_u) * (slope + 0.5f * x * (curve - 2.0f * tanh_u * slope * slope));
 }
 
 }  // namespace ttt

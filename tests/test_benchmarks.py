@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 
-from benchmarks import models, report
+from benchmarks import models, report, training
 from benchmarks.__main__ import main, plan
 from benchmarks.measure import Comparison, Contender, Effort
 from benchmarks.mlx_worker import Model
@@ -96,7 +96,7 @@ class Stub:
         self.alive = True
         if method == "measure":
             return {"bytes_per_second": 1e10, "flops_per_second": 1e11}
-        Stub.calls.append((self.name, method, arguments.get("tokens") if method == "read" else arguments["context"]))
+        Stub.calls.append((self.name, method, arguments.get("tokens") if method == "prefill" else arguments["context"]))
         if isinstance(self.seconds, Exception):
             raise self.seconds
         seconds = self.seconds_of.get(arguments["tokens"], self.seconds)
@@ -121,7 +121,10 @@ def compare():
 
 def test_contenders_take_turns(compare):
     result, _ = compare([Stub("TTT-Linear"), Stub("Mamba2")], [16, 32], [16])
-    order = [("TTT-Linear", "read"), ("Mamba2", "read")] * 4 + [("TTT-Linear", "decode"), ("Mamba2", "decode")] * 2
+    order = [("TTT-Linear", "prefill"), ("Mamba2", "prefill")] * 4 + [
+        ("TTT-Linear", "decode"),
+        ("Mamba2", "decode"),
+    ] * 2
     assert [call[:2] for call in Stub.calls] == order
     assert len(result["read"]["Mamba2"]["32"]) == 2
     assert len(result["limits"]) == 12
@@ -152,8 +155,8 @@ def test_models_that_do_not_fit_together_run_alone(compare, monkeypatch):
     compare(workers, [], [16, 16])
     assert max(alive) == 0
     # Each reads anew for its turn, and writes as often as it was asked to.
-    assert [c[:2] for c in Stub.calls[:4]] == [("TTT-Linear", m) for m in ("read", "decode", "decode")] + [
-        ("Mamba2", "read")
+    assert [c[:2] for c in Stub.calls[:4]] == [("TTT-Linear", m) for m in ("prefill", "decode", "decode")] + [
+        ("Mamba2", "prefill")
     ]
 
 
@@ -173,7 +176,7 @@ def test_what_grows_faster_than_the_prompt_is_predicted_so(compare):
     assert result["skipped"] == ["Transformer, 64 tokens: skipped, would take about 16 s, longer than --patience 15"]
     # It writes after them nevertheless: keys and values need not be read.
     assert Stub.calls[-1] == ("Transformer", "decode", 64)
-    assert ("Transformer", "read", 64) not in Stub.calls
+    assert ("Transformer", "prefill", 64) not in Stub.calls
 
 
 def test_a_worker_that_fails_is_skipped(compare):
@@ -194,15 +197,16 @@ def test_no_round_begins_after_the_budget(compare):
 def test_a_worker_says_why_it_failed():
     worker = Worker("no_worker", {}, threads=1)
     with pytest.raises(WorkerError, match=r"the process ended: .*No module named benchmarks\.no_worker"):
-        worker.call("read")
+        worker.call("prefill")
     assert not worker.alive
 
 
+@pytest.mark.slow
 def test_errors_of_a_call_leave_the_worker_alive():
     worker = Worker("limits_worker", {"dtype": "float32", "threads": 1}, threads=1)
     try:
-        with pytest.raises(WorkerError, match=r"AttributeError: .* has no attribute 'read'"):
-            worker.call("read")
+        with pytest.raises(WorkerError, match=r"AttributeError: .* has no attribute 'prefill'"):
+            worker.call("prefill")
         assert worker.call("measure").keys() == {"bytes_per_second", "flops_per_second"}
     finally:
         worker.stop()
@@ -211,7 +215,7 @@ def test_errors_of_a_call_leave_the_worker_alive():
 def test_a_state_is_as_large_as_it_says_and_stays_as_it_was():
     config = models.configuration("TTT-Linear", TINY)
     model = Model(config, "float32")
-    read = model.read(33)
+    read = model.prefill(33)
     before = [c.offset for c in model.states[33]]
     written = model.decode(33, 16)
     assert read["state_bytes"] == written["state_bytes"] == state_bytes(config)
@@ -223,11 +227,11 @@ def test_a_state_is_as_large_as_it_says_and_stays_as_it_was():
 
 def test_other_states_do_not_count_in_peak_memory():
     model = Model(models.configuration("Transformer", TINY), "float32")
-    alone = model.read(64)["peak_bytes"]
+    alone = model.prefill(64)["peak_bytes"]
     other = model.decode(20_000, 1)["state_bytes"]
     assert other > 5e6
     # Which intermediates are there together depends on the threads: 0.3 MB at most.
-    assert model.read(64)["peak_bytes"] < alone + other / 5
+    assert model.prefill(64)["peak_bytes"] < alone + other / 5
 
 
 def test_keys_and_values_need_not_be_read():
@@ -339,9 +343,90 @@ def test_measures_and_reports(tmp_path, capsys):
     assert (again / "results.md").read_text() == (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.slow
 def test_plots(compare, tmp_path):
     plots = pytest.importorskip("benchmarks.plots")
     result, _ = compare([Stub("TTT-Linear", 0.5), Stub("Mamba2", 1.0)], [100, 1000], [100, 1000])
     plots.write({"comparisons": [result]}, tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.png", "tiny.svg"]
     assert (tmp_path / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+# A training step
+
+
+class StepStub:
+    """A worker that answers at once: a step of T tokens takes T / `speed` seconds and T KB beside the weights."""
+
+    def __init__(self, calls, name, speed=100.0, error=None):
+        self.calls, self.name, self.speed, self.error = calls, name, speed, error
+
+    def call(self, method, tokens):
+        self.calls.append((self.name, tokens))
+        if self.error:
+            raise WorkerError(self.error)
+        seconds = tokens / self.speed
+        sizes = {"peak_bytes": 2e9 + 1e3 * tokens, "weight_bytes": 2e9, "resident_bytes": 3e9 + 1e3 * tokens}
+        return {"seconds": seconds, "busy_seconds": 2 * seconds, "loss": 1.0} | sizes
+
+    def stop(self):
+        self.calls.append((self.name, "stop"))
+
+
+def steps(calls, **speeds):
+    ways = {"ours": training.IN_SEGMENTS, "plain": training.AT_ONCE}
+    return [
+        training.Case(ways[name], tokens, StepStub(calls, name, speed))
+        for tokens in (1000, 4000)
+        for name, speed in speeds.items()
+    ]
+
+
+def test_training_steps_take_turns_and_are_compared_within_a_round():
+    calls = []
+    cases = steps(calls, ours=100.0, plain=50.0)
+    assert training.compare(cases, 2, 1e9, str) == []
+    in_turns = [("ours", 1000), ("plain", 1000), ("ours", 4000), ("plain", 4000)]
+    assert calls[:8] == 2 * in_turns
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in training.text("", cases).splitlines()[2:8]]
+    assert rows[2] == ["gradients", "1 000", "2.00 GB", "0.00 GB", "3.00 GB", "100", "50", ""]
+    assert rows[5][2:] == ["2.00 GB", "0.00 GB", "3.00 GB", "50", "25", "0.50 (0.50…0.50)"]
+    assert "at 4 000 tokens, 1.00 (1.00…1.00) times the tokens/s at 1 000" in training.text("", cases)
+
+
+def test_training_steps_that_are_too_much_are_left_out(monkeypatch):
+    monkeypatch.setattr("benchmarks.machine.available_memory", lambda: 9e9)
+    calls = []
+    cases = steps(calls, ours=100.0, plain=100.0)
+    lines = training.compare(cases, 1, 1e9, str)
+    assert lines == ["value_and_grad, 4000 tokens: left out, needs about 12.0 GB of memory, 9.0 GB are free"]
+    assert ("ours", 4000) in calls and ("plain", 4000) not in calls
+    assert training.compare(steps([], ours=100.0), 1, 39, str) == [
+        "gradients, 4000 tokens: left out, would take about 40 s, longer than --patience 39"
+    ]
+    failing = [training.Case(training.IN_SEGMENTS, 10, StepStub([], "ours", error="no room"))]
+    assert training.compare(failing, 2, 1e9, str) == ["gradients, 10 tokens: left out, no room"]
+    assert "Nothing was measured" in training.text("", failing)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [(["--models", "7B"], "'7B' is none of bundled"), (["--beside", "nothing.py"], "nothing.py: no such file")],
+)
+def test_bad_arguments_of_the_training_benchmark(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        training.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_measures_training_steps(tmp_path):
+    """The real thing: every way computes the same loss of the same text."""
+    beside = tmp_path / "beside.py"
+    beside.write_text("from mlx_ttt.training import gradients\n")
+    given = training.options().parse_args(["--lengths", "40", "--threads", "1", "--beside", str(beside)])
+    cases = training.plan("tiny", given)
+    assert training.compare(cases, 1, 60, str) == []
+    assert [case.way for case in cases] == [*training.WAYS, "beside.py"]
+    assert len({round(case.answers[0]["loss"], 4) for case in cases}) == 1

@@ -21,16 +21,15 @@ from click.testing import CliRunner
 from mlx.utils import tree_flatten
 from mlx_lm import cache_prompt, fuse, lora, perplexity
 from mlx_lm.generate import BatchGenerator, batch_generate, speculative_generate_step
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.trainer import default_loss, grad_checkpoint
 
 import mlx_ttt
 from mlx_ttt import cli
 from mlx_ttt.checkpoint.convert import convert
-from mlx_ttt.layers import Block
-from mlx_ttt.prompt_store import PromptStore
+from mlx_ttt.network.model import Block
 
-from .test_model import build
+from .models import build, shared
 
 # The 32 greedy tokens after these meet no near tie: the best two logits are 0.02 apart or more.
 PROMPTS = [
@@ -58,7 +57,30 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.parametrize(
+    "order",
+    ["mlx_ttt, mlx_lm.models.cache", pytest.param("mlx_lm.models.cache, mlx_ttt", marks=pytest.mark.slow)],
+)
+def test_mlx_lm_knows_the_architecture_and_the_cache(order):
+    program = f"""
+import importlib
+import {order}
+assert mlx_lm.models.cache.TTTCache.__module__ == "mlx_ttt.network.cache"
+assert importlib.import_module("mlx_lm.models.ttt").Model is importlib.import_module("mlx_ttt.model").Model
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_the_package_imports_neither_mlx_nor_mlx_lm():
+    program = """
+import sys, mlx_ttt.cli
+assert not {"mlx.core", "mlx_lm", "transformers", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 class TestDirectory:
+    @pytest.mark.slow
     def test_plain_mlx_lm_runs_it_when_told_to_trust_its_code(self, directory, model_and_tokenizer, tmp_path):
         """In a process that has not imported this package; afterwards its prompt caches can be loaded too."""
         saved = tmp_path / "cache.safetensors"
@@ -115,12 +137,10 @@ print(mlx_lm.generate(model, tokenizer, "ROMEO:\\n", max_tokens=12, prompt_cache
 
 
 class TestCommands:
-    @pytest.mark.parametrize(
-        ("name", "module"), [("serve", "server"), *[(name, name) for name in ("chat", "lora", "fuse", "perplexity")]]
-    )
-    def test_arguments_reach_mlx_lm_as_they_are(self, name, module, monkeypatch):
+    @pytest.mark.parametrize("name", ["lora", "fuse", "perplexity"])
+    def test_arguments_reach_mlx_lm_as_they_are(self, name, monkeypatch):
         seen = []
-        monkeypatch.setattr(f"mlx_lm.{module}.main", lambda: seen.append(list(sys.argv)))
+        monkeypatch.setattr(f"mlx_lm.{name}.main", lambda: seen.append(list(sys.argv)))
         monkeypatch.setattr(sys, "argv", ["mlx-ttt"])
         arguments = ["--model", "x", "-c5", "--port=1", "--", "--help", "a b", "-"]
         result = CliRunner().invoke(cli.main, [name, *arguments], prog_name="mlx-ttt")
@@ -131,13 +151,6 @@ class TestCommands:
         help = CliRunner().invoke(cli.main, ["lora", "--help"], prog_name="mlx-ttt").output
         assert help.startswith("usage: mlx-ttt lora")
         assert "--num-layers" in help
-
-    @pytest.mark.parametrize("option", [["--draft-model", "x"], ["--draft-model=x"], ["--draft", "x"]])
-    def test_serve_refuses_a_draft_model(self, option, monkeypatch):
-        monkeypatch.setattr("mlx_lm.server.main", lambda: pytest.fail("the server starts"))
-        result = CliRunner().invoke(cli.main, ["serve", *option])
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == "error: no --draft-model here; `mlx-ttt generate --draft-model` has one\n"
 
 
 @pytest.fixture
@@ -174,7 +187,7 @@ class TestGenerate:
         assert mlx_ttt.generate(model, tokenizer, both, max_tokens=20) in out
 
     def test_a_rewindable_cache_is_saved_and_loaded(self, tmp_path):
-        model = build("mlp", "111")
+        model = shared("mlp", "111")
         ids = mx.arange(25)[None]
         cache = model.make_cache(rewind=True)
         model(ids[:, :20], cache=cache)
@@ -186,7 +199,7 @@ class TestGenerate:
 
     def test_speculation_with_a_plain_cache_is_refused(self):
         """mlx-lm would go on after a trim that did nothing."""
-        model = build("linear", "000")
+        model = shared("linear", "000")
         with pytest.raises(ValueError, match=r"requires a trimmable prompt cache .*TTTCache"):
             next(speculative_generate_step(mx.array([1, 2, 3]), model, model))
 
@@ -247,50 +260,6 @@ class TestBatches:
         assert 0 < len(texts[uids[0]]) < 32
         assert texts[uids[0]] == alone[0][: len(texts[uids[0]])]
         assert [texts[uid] for uid in uids[1:]] == alone[1:]
-
-
-TEXT = [1, 5, 9, 2, 7, 7, 3, 1, 8, 4, 6, 2, 5, 5, 9]
-
-
-class TestPromptCache:
-    """The store of `mlx-ttt serve`: what it finds must be the state after exactly the tokens that it says."""
-
-    def read(self, model, n: int) -> list:
-        cache = make_prompt_cache(model)
-        model(mx.array([TEXT[:n]]), cache=cache)
-        return cache
-
-    @pytest.mark.parametrize(
-        ("stored", "asked", "found"),
-        [
-            ([4, 9], 12, 9),  # the longest prefix
-            ([4, 14], 12, 4),  # not a longer text: it cannot be cut
-            ([14], 12, 0),
-            ([12], 12, 0),  # one token must be left to go on from
-            ([11, 12], 12, 11),
-        ],
-    )
-    def test_what_it_finds(self, stored, asked, found):
-        model = build("linear", "111")
-        store = PromptStore()
-        for n in stored:
-            store.insert_cache("model", TEXT[:n], self.read(model, n))
-        cache, rest = store.fetch_nearest_cache("model", TEXT[:asked])
-        assert asked - len(rest) == found
-        cache = cache or make_prompt_cache(model)
-        assert {n for c in cache for n in c.offset} == {found}
-        logits = model(mx.array([TEXT[found:]]), cache=cache)
-        assert mx.allclose(logits, model(mx.array([TEXT]))[:, found:], atol=1e-5)
-
-    def test_going_on_leaves_the_stored_one_as_it_was(self):
-        model = build("mlp", "111")
-        store = PromptStore()
-        store.insert_cache("model", TEXT[:9], self.read(model, 9))
-        results = []
-        for _ in range(2):
-            cache, rest = store.fetch_nearest_cache("model", TEXT)
-            results.append(model(mx.array([rest]), cache=cache))
-        assert mx.array_equal(*results)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import mlx_ttt
+
 ROOT = Path(__file__).parents[1]
 CONTENTS = ("models/shakespeare-ttt-linear/model.safetensors", "models/shakespeare-ttt-linear/tokenizer.json")
 
@@ -27,13 +29,18 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_holds_everything(wheel):
+    assert wheel.name.startswith(f"mlx_ttt-{mlx_ttt.__version__}-")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"mlx_ttt/{name}" for name in CONTENTS} <= names
     kernels = {f"mlx_ttt/metal/{path.name}" for path in (ROOT / "metal").iterdir() if path.is_file()}
     assert kernels
     assert kernels <= names
-    assert {f"mlx_ttt/native/{path.name}" for path in (ROOT / "mlx_ttt/native").glob("*.[ch]")} <= names
+    assert {f"mlx_ttt/backends/cpu/c/{path.name}" for path in (ROOT / "mlx_ttt/backends/cpu/c").glob("*.[ch]")} <= names
     assert not any("tests" in name or "__pycache__" in name for name in names)
+    swift = {
+        path.relative_to(ROOT) for kind in ("Sources", "StandIns") for path in (ROOT / "swift" / kind).rglob("*.swift")
+    }
+    assert {f"mlx_ttt/swift_package/{path.as_posix()}" for path in (Path("Package.swift"), *swift)} <= names
     assert wheel.stat().st_size < 12e6
 
 

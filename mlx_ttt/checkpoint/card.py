@@ -1,21 +1,21 @@
-"""The model card: README.md of a model directory, in the form that the Hugging Face Hub shows."""
+"""The model card: README.md of a model directory, as the Hugging Face Hub shows it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-from .. import __version__
-from ..model import ModelArgs
+from ..network.args import ModelArgs
+from ..version import __version__
 from .directory import MODEL_FILE
 from .hub import Located, address
 from .quantization import Quantization
 from .source import Source
 from .untrusted import quoted
 
-_ENDS = str.maketrans("`|", "'/")
+_NO_MARKUP = str.maketrans("`|", "'/")
 _HASHED_AT_ONCE = 1 << 22  # bytes
 
 
@@ -28,10 +28,17 @@ def model_card(
     bytes_by_dtype: Mapping[str, int],
     quantization: Quantization | None,
 ) -> str:
-    """What a model is, where it comes from and how to use it. Reads the source's weights files once, for their hashes.
+    """The text of a card: what the model is, where it comes from and how to use it.
+
+    It reads all weights files of the source, for their hashes.
 
     Args:
-        name: by which the model is to be loaded: a repository or a folder.
+        name: by which the model will be loaded: a repository or a folder.
+        located: where the checkpoint was found.
+        source: the checkpoint.
+        parameters: how many the model has.
+        bytes_by_dtype: the size of the converted weights.
+        quantization: of the converted weights.
     """
     nbytes = sum(bytes_by_dtype.values())
     if located.repo:
@@ -44,7 +51,7 @@ def model_card(
         if quantization
         else dtypes
     )
-    hashes = "".join(f"| {_code(file.name)} | `{digest}` |\n" for file, digest in _sha256(source.files))
+    hashes = "".join(f"| {_code(file.name)} | `{_sha256(file)}` |\n" for file in source.files)
     base_model = f"base_model: {located.repo}\n" if located.repo else ""
     title, loaded = quoted(name), json.dumps(name, ensure_ascii=not name.isprintable())
     return f"""---
@@ -87,14 +94,14 @@ print(generate(model, tokenizer, "Once upon a time", max_tokens=100))
 
 
 def _code(name: str) -> str:
-    """A file's name as code in a table, without what would end either."""
-    return f"`{quoted(name).translate(_ENDS)}`"
+    """A file's name as code in a table, without the characters that would end the code or the cell."""
+    return f"`{quoted(name).translate(_NO_MARKUP)}`"
 
 
-def _sha256(files: Iterable[Path]) -> Iterable[tuple[Path, str]]:
-    for path in files:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while part := file.read(_HASHED_AT_ONCE):
-                digest.update(part)
-        yield path, digest.hexdigest()
+def _sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_HASHED_AT_ONCE):
+            digest.update(part)
+    return digest.hexdigest()

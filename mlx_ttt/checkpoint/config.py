@@ -1,4 +1,4 @@
-"""config.json: other people's, checked; inferred where there is none; ours, written."""
+"""config.json: checked when it is someone's, inferred from the tensors where there is none, written for our models."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..model import ModelArgs
+from ..network.args import ModelArgs
 from .directory import CONFIG, MODEL_FILE
 from .inferred import assumed_config, inferred_config
+from .quantization import Quantization
 from .source import Source
 from .untrusted import quoted, read_json
 
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-# Far above every model there is: a config that asks for more is a mistake, and must not cost memory to find out.
+# Far above every existing model. A larger value is a mistake, and must be refused before any memory is allocated.
 _LARGEST = {
     "vocab_size": 1 << 24,
     "hidden_size": 1 << 17,
@@ -29,13 +30,13 @@ _LARGEST = {
     "rope_theta": 1e12,
     "ttt_base_lr": 1e6,
 }
-# Fields that say nothing about the network but that other tools read.
+# Fields that do not describe the network but that other tools need.
 _CARRIED = ("architectures", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class Config:
-    """A checkpoint's config as it is, as the model's arguments, and where it comes from."""
+    """A checkpoint's config: its fields as they are, the model's arguments, and where it comes from."""
 
     fields: dict
     args: ModelArgs
@@ -46,35 +47,44 @@ class Config:
     def name(self) -> str:
         return self.path.name if self.path else "the config that its own shapes give"
 
+    def quantization(self) -> Quantization | None:
+        """How the checkpoint's weights are quantized; None if they are not.
+
+        Raises:
+            CheckpointError: they are quantized in a way that MLX does not know.
+        """
+        return Quantization.of_config(self.fields, self.path)
+
 
 def config_of(checkpoint: Source, given: Path | None = None, assumptions: Mapping[str, float] | None = None) -> Config:
-    """The config of a checkpoint: the file given, else config.json beside it, else inferred where the format has none.
+    """The config of a checkpoint.
+
+    It is the given file, else config.json beside the weights, else inferred where the format has no config.
 
     Args:
         given: a config file.
-        assumptions: values of fields that no tensor tells, by name: only for a config that is inferred.
+        assumptions: values by name of fields that no tensor tells; allowed only for a config that is inferred.
 
     Raises:
-        CheckpointError: there is no config, or it is not one of a TTT model, or it needs no assumptions.
+        CheckpointError: there is no config, or it is not one of a TTT model, or assumptions are given for a file.
     """
     if given or not checkpoint.comes_without_config or os.path.isfile(checkpoint.folder / CONFIG):
-        path = find_config(checkpoint.folder, given)
-        config, args = read_config(path)
+        config = read_config(find_config(checkpoint.folder, given))
         if assumptions:
             name = next(iter(assumptions))
-            raise CheckpointError(f"{path}: set {name} in there; the option is for checkpoints without a config")
-        return Config(config, args, path)
+            raise CheckpointError(f"{config.path}: set {name} in there; the option is for checkpoints without a config")
+        return config
 
-    config = inferred_config(checkpoint.tensors, str(checkpoint.path))
+    inferred = inferred_config(checkpoint.tensors, str(checkpoint.path))
     told = dict(assumptions or {})
-    assumed = {name: value for name, value in assumed_config(config).items() if name not in told}
-    config |= assumed | told
-    args = _arguments(config, str(checkpoint.path))
-    return Config(config, args, None, (_warning(args, assumed),))
+    assumed = {name: value for name, value in assumed_config(inferred).items() if name not in told}
+    inferred |= assumed | told
+    args = _arguments(inferred, str(checkpoint.path))
+    return Config(inferred, args, None, (_warning(args, assumed),))
 
 
 def _warning(args: ModelArgs, assumed: Mapping[str, float]) -> str:
-    """What a person can check: a stream that was cut between two values, for one, looks like a smaller model."""
+    """What was inferred and assumed, to be checked by a person: a stream cut short looks like a smaller model."""
     head = "tied to the embedding" if args.tie_word_embeddings else "of its own"
     inferred = f"no config: by its tensors the model has {args.num_hidden_layers} layers and an lm_head {head}"
     if not assumed:
@@ -97,22 +107,21 @@ def find_config(folder: Path, config: Path | None) -> Path:
     return path
 
 
-def read_config(path: Path) -> tuple[dict, ModelArgs]:
-    """A config file as it is, and as the model's arguments.
+def read_config(path: Path) -> Config:
+    """Read a config file and check it.
 
     Raises:
         CheckpointError: it cannot be read, is of another architecture, or has missing, ill-typed or absurd fields.
     """
     config = read_json(path)
     _refuse_other_architectures(config, path)
-    missing = [name for name in _SIZES if name not in config]
-    if missing:
+    if missing := [name for name in _SIZES if name not in config]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
-    return config, _arguments(config, str(path))
+    return Config(config, _arguments(config, str(path)), path)
 
 
 def _arguments(config: dict, where: str) -> ModelArgs:
-    """A config as the model's arguments, none of them ill-typed or absurd."""
+    """The model's arguments; raises CheckpointError if one is ill-typed or absurd."""
     try:
         args = ModelArgs.from_dict(config)
     except ValueError as error:
@@ -126,13 +135,12 @@ def _arguments(config: dict, where: str) -> ModelArgs:
 def _refuse_other_architectures(config: dict, path: Path) -> None:
     architectures = config.get("architectures") or ["TTT"]
     kinds = [config.get("model_type", "ttt"), *(architectures if isinstance(architectures, list) else [architectures])]
-    others = [kind for kind in kinds if not (isinstance(kind, str) and kind.lower().startswith("ttt"))]
-    if others:
+    if others := [kind for kind in kinds if not (isinstance(kind, str) and kind.lower().startswith("ttt"))]:
         raise CheckpointError(f"{path}: describes a model of type {quoted(others[0])}, not a TTT language model")
 
 
-def written_config(config: dict, args: ModelArgs, dtype: str) -> dict:
-    """The config of a model directory: every field of the network, what other tools read, and the weights' dtype."""
-    network = {field.name: getattr(args, field.name) for field in fields(args)}
-    carried = {name: config[name] for name in _CARRIED if name in config}
+def written_config(config: Config, dtype: str) -> dict:
+    """The config of a model directory: every field of the network, those of other tools, and the weights' dtype."""
+    network = {field.name: getattr(config.args, field.name) for field in fields(config.args)}
+    carried = {name: config.fields[name] for name in _CARRIED if name in config.fields}
     return network | carried | {"model_type": "ttt", "model_file": MODEL_FILE, "torch_dtype": dtype}

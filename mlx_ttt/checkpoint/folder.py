@@ -16,9 +16,9 @@ from .directory import refuse_foreign
 
 @contextmanager
 def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]:
-    """Give an empty folder beside `out` to write into; it takes `out`'s place when the block ends without an exception.
+    """A context manager that gives an empty folder to write into, and moves it to `out` at the end of the block.
 
-    Otherwise nothing remains of it, and what was at `out` is untouched.
+    If the block raises an exception, the folder is deleted and what was at `out` stays as it was.
 
     Args:
         out: where the folder is to appear.
@@ -26,8 +26,8 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
         overwrite: replace a model directory that is at `out`.
 
     Raises:
-        OutputError: `out` exists, or is not a model directory, its parent does not exist, it cannot be written to, or
-            the block could not read a file.
+        OutputError: `out` exists and is not to be replaced or is no model directory, its parent does not exist, it
+            cannot be written to, or the block could not read a file.
     """
     with _one_line_errors(out, nbytes):
         check_place(out, overwrite)
@@ -38,21 +38,21 @@ def complete_folder(out: Path, nbytes: int, overwrite: bool = False) -> Iterator
         try:
             new.mkdir()
             yield new
-            check_place(out, overwrite)  # again: much may have happened meanwhile
+            check_place(out, overwrite)  # again: writing may have taken minutes
             if os.path.lexists(out):
                 out.rename(old)
             new.rename(out)
         finally:
-            if old.exists() and new.exists():  # `out` was moved away, but nothing took its place
+            if old.exists() and new.exists():  # `out` was moved away, but the new folder did not get there
                 _put_back(old, out)
             shutil.rmtree(workshop, ignore_errors=True)
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Whether a folder may appear at `out`, before the work that goes into it.
+    """Check that a folder may appear at `out`.
 
     Raises:
-        OutputError: `out` exists and is not to be overwritten, or is no model directory, or its parent does not exist.
+        OutputError: `out` exists and is not to be replaced or is no model directory, or its parent does not exist.
     """
     if not out.parent.is_dir():
         raise OutputError(f"{out}: the folder {out.parent} does not exist; create it first")
@@ -80,7 +80,7 @@ def _no_space(out: Path, nbytes: int) -> OutputError:
 
 @contextmanager
 def _one_line_errors(out: Path, nbytes: int) -> Iterator[None]:
-    """An OSError as an OutputError that names `out`, or the file that the error is about if it lies elsewhere."""
+    """Turn an OSError into an OutputError that names `out`, or the file it is about if that lies elsewhere."""
     try:
         yield
     except OSError as error:

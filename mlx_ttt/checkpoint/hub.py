@@ -1,4 +1,4 @@
-"""Repositories on the Hugging Face Hub: into its cache on this machine, and from a folder to a repository."""
+"""Downloads repositories from the Hugging Face Hub into its cache on this machine, and uploads folders to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..errors import HubError, TTTError
 from .directory import CONFIG, GENERATION_CONFIG, TOKENIZER_COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES
-from .source import shard_names, weights_among
+from .source import weight_map, weights_among
 from .untrusted import quoted
 
 _REPO = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -43,17 +43,18 @@ class Located:
 
 
 def locate(source: Path | str, revision: str | None = None) -> Located:
-    """A file or folder, if it is there; else the repository `org/name`, downloaded unless it is in the Hub's cache.
+    """Find a checkpoint: a file or folder if there is one, else the repository `org/name`, which is downloaded.
 
-    Of a repository, only the weights (one format, in the order of preference of `open_source`), the config and the
-    tokenizer are downloaded.
+    Only the weights, the config and the tokenizer of a repository are downloaded, and only what is not in the Hub's
+    cache. If it has weights in several formats, `weights_among` chooses one.
 
     Args:
+        source: a path, or the name of a repository.
         revision: branch, tag or commit of a repository.
 
     Raises:
-        HubError: there is no such repository or revision, it may not be read, it has no weights, or the Hub cannot be
-            reached and the cache has not all of it.
+        HubError: there is no such repository or revision, access is denied, it has no weights, or the Hub cannot be
+            reached and the cache lacks some files.
     """
     path, repo = Path(source), str(source)
     if os.path.lexists(path) or not _REPO.fullmatch(repo):
@@ -68,23 +69,23 @@ def locate(source: Path | str, revision: str | None = None) -> Located:
 
 
 def _weights(repo: str, folder: Path) -> list[str]:
-    """The weights files of the snapshot that is to be in `folder`; none where the cache does not know its files."""
+    """The weights files to download into a snapshot's folder; none if the cache has no list of its files."""
     try:
         names = [file.path for file in get_cached_repo_tree(repo, revision=folder.name)]
-    except CachedRepoTreeNotFoundError:  # an old version of the cache: what is there is all there is
+    except CachedRepoTreeNotFoundError:  # an older version of the Hub's library made the snapshot, with all files
         return []
     found = weights_among(name for name in names if "/" not in name)
     if len(found) != 1:
         shown = f" ({', '.join(map(quoted, found[:4]))})" if found else ""
         raise HubError(f"{repo}: has {len(found)} weights files{shown} in its top folder, not one model")
-    return shard_names(folder / found[0]) if found[0].endswith(".index.json") else found
+    return sorted(set(weight_map(folder / found[0]).values())) if found[0].endswith(".index.json") else found
 
 
 def check_upload(repo: str) -> None:
-    """What can be said before a long conversion of whether `upload` will work.
+    """Check before a long conversion what an `upload` after it will need.
 
     Raises:
-        HubError: `repo` cannot be the name of a repository, nobody is logged in, or the Hub is not to be asked.
+        HubError: `repo` cannot be the name of a repository, nobody is logged in, or HF_HUB_OFFLINE is set.
     """
     if not _REPO.fullmatch(repo):
         raise HubError(f"{quoted(repo)}: not the name of a repository to upload to, which is like org/name")
@@ -97,7 +98,10 @@ def check_upload(repo: str) -> None:
 
 
 def upload(folder: Path, repo: str) -> str:
-    """Make the repository if there is none, and upload the files of a folder in one commit; returns its address.
+    """Upload the files of a folder in one commit; the repository is created if there is none.
+
+    Returns:
+        The repository's address.
 
     Raises:
         HubError: the Hub refuses it, or cannot be reached.
@@ -110,12 +114,13 @@ def upload(folder: Path, repo: str) -> str:
 
 
 def address(repo: str, commit: str | None = None) -> str:
+    """The web address of a repository, or of one of its commits."""
     return f"{constants.ENDPOINT}/{repo}" + (f"/tree/{commit}" if commit else "")
 
 
 @contextmanager
 def _conversation(repo: str, revision: str | None = None) -> Iterator[None]:
-    """Errors as one line, progress bars on a terminal only, and no log of what is no error."""
+    """What all exchanges with the Hub need: one-line errors, progress bars only on a terminal, no log of warnings."""
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -144,7 +149,7 @@ def _conversation(repo: str, revision: str | None = None) -> Iterator[None]:
     except HfHubHTTPError as error:
         said = error.server_message or error.response.reason_phrase
         raise HubError(f"{repo}: the Hub answers {error.response.status_code}: {quoted(said)}") from None
-    except Exception as error:  # whatever the libraries below make of a network that fails
+    except Exception as error:  # the libraries below raise many classes when the network fails
         raise HubError(f"{repo}: {quoted(error.__cause__ or error)}") from error
     finally:
         log.setLevel(level)

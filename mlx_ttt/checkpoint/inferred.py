@@ -1,26 +1,30 @@
-"""The config of a checkpoint that comes without one: what its tensors' names and shapes say, and what they cannot."""
+"""The config of a checkpoint that has none: inferred from its tensors, or assumed where they do not tell."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from ..errors import CheckpointError
 from .parameters import EMBEDDING, HEAD
 from .tensor import Tensor
 
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
-# Of all released models, from the official training scripts.
+# The ttt_base_lr of all released models, from the official training scripts.
 _BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 
 def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
-    """What the tensors of a checkpoint, in official names, say of its config.
+    """The config fields that follow from tensors in official names.
 
-    Only what is needed is looked at: whether all tensors fit the config is for `Parameters` to find out.
+    Whether all tensors fit that config is not checked here: `Parameters` does it.
+
+    Args:
+        where: the checkpoint, for error messages.
 
     Raises:
-        CheckpointError: a tensor that is needed is missing or has not as many axes as it should.
+        CheckpointError: a tensor that is needed is missing or has the wrong number of axes.
     """
 
     def shape(name: str, axes: int) -> tuple[int, ...]:
@@ -53,6 +57,6 @@ def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
     return config
 
 
-def assumed_config(config: Mapping[str, object]) -> dict[str, float]:
-    """What no tensor says: the released models' constants."""
+def assumed_config(config: Mapping[str, Any]) -> dict[str, float]:
+    """The fields that no tensor tells, with the values of the released models."""
     return {"ttt_base_lr": _BASE_LR[config["ttt_layer_type"]], "rope_theta": 10000.0, "rms_norm_eps": 1e-6}

@@ -1,20 +1,22 @@
-"""The names that the official JAX implementation gives to its parameters, as the official PyTorch names."""
+"""The official JAX implementation's parameter names, and the official PyTorch names that they correspond to."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _LAYER = re.compile(r"model/h/(0|[1-9][0-9]{0,5})/")
 
-# PyTorch name, and the JAX axes in PyTorch's order; None where they agree.
-_TRANSPOSED = (1, 0)  # a kernel [in, out] of a projection
-_CONVOLUTION = (2, 1, 0)  # [kernel, 1, C]
-_MODEL = {
+# The tables give for each JAX name the PyTorch name and the JAX axes in PyTorch's order; None if the order is the same.
+_Parameter = tuple[str, tuple[int, ...] | None]
+_TRANSPOSED = (1, 0)  # JAX has a projection's kernel as [in, out]
+_CONVOLUTION = (2, 1, 0)  # JAX has a convolution's kernel as [kernel, 1, C]
+_MODEL: Mapping[str, _Parameter] = {
     "model/wte/embedding": ("model.embed_tokens.weight", None),
     "model/ln_f/kernel": ("model.norm.weight", None),
     "lm_head/kernel": ("lm_head.weight", _TRANSPOSED),
 }
-_IN_LAYER = {
+_IN_LAYER: Mapping[str, _Parameter] = {
     "seq_norm/kernel": ("seq_norm.weight", None),
     "ffn_norm/kernel": ("ffn_norm.weight", None),
     "feed_forward/w1/kernel": ("mlp.gate_proj.weight", _TRANSPOSED),
@@ -35,7 +37,7 @@ _IN_LAYER = {
         ("conv_q/bias", "conv_q.bias", None),
         ("conv_k/kernel", "conv_k.weight", _CONVOLUTION),
         ("conv_k/bias", "conv_k.bias", None),
-        ("learnable_ttt_lr/kernel", "learnable_ttt_lr_weight", (0, 2, 1)),  # [H, C, 1]
+        ("learnable_ttt_lr/kernel", "learnable_ttt_lr_weight", (0, 2, 1)),  # JAX: [H, C, 1]
         ("learnable_ttt_lr/bias", "learnable_ttt_lr_bias", None),
         ("learnable_token_idx", "learnable_token_idx", None),
         ("ttt_norm/scale", "ttt_norm_weight", None),
@@ -50,10 +52,12 @@ _IN_LAYER = {
 }
 
 
-def official_parameter(path: str) -> tuple[str, tuple[int, ...] | None] | None:
-    """The official name of the parameter at a path, `model/h/0/feed_forward/w1/kernel`, and its axes in official order.
+def official_parameter(path: str) -> _Parameter | None:
+    """The PyTorch name of the parameter at a JAX path such as `model/h/0/feed_forward/w1/kernel`, and its axes.
 
-    None for the axes where no other order is needed, and for a path at which a TTT model has no parameter.
+    Returns:
+        The name, and the JAX axes in PyTorch's order (None if the order is the same). None if a TTT model has no
+        parameter at this path.
     """
     layer = _LAYER.match(path)
     if layer is None:

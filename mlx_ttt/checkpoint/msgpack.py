@@ -1,7 +1,7 @@
-"""MessagePack in a file, read one value after another; byte strings stay where they are.
+"""Reads MessagePack from a file, one value after another; byte strings are not copied.
 
-The caller says what comes next, and anything else is an error. So nothing in a file decides how much memory is taken,
-or how deep a structure goes.
+The caller says which kind of value must come next, and any other is an error. So a damaged file cannot make the reader
+allocate memory or recurse.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from .untrusted import quoted
 
 _LONGEST_TEXT = 1024  # bytes
 
-# What a value's first byte says: its kind, a number, and how many more bytes the number has when it is not there yet.
-# The number is an integer itself, or how many members an array or a map has, or bytes a text, binary or extension.
+# By the first byte of a value: its kind, a number, and how many bytes follow that hold the number instead (0: none).
+# The number is an integer's value, how many members an array or map has, or the length of text, binary or extension.
 _HEADS = (
     {
         first + n: (kind, n, 0)
@@ -44,29 +44,29 @@ _HEADS = (
 class Reader:
     """Reads the values between two positions of a file.
 
-    Each method that is named after a kind takes one value of it, and raises CheckpointError when there is another one,
-    or none, or when it does not end in time.
+    Each method that is named after a kind reads one value of that kind. It raises CheckpointError if the next value is
+    of another kind, if there is none, or if it reaches beyond the end.
     """
 
     def __init__(self, file: MappedFile, start: int, end: int):
         self.file, self.position, self.end = file, start, end
 
     def kind(self) -> str:
-        """What comes next; "nothing" at the end."""
+        """The kind of the next value; "nothing" at the end."""
         if self.position == self.end:
             return "nothing"
         return _HEADS.get(self.file.view(self.position, 1)[0], ("something else",))[0]
 
     def array(self) -> int:
-        """The number of members, which follow."""
+        """The number of members. They are read next, one by one."""
         return self._number("array")
 
     def map(self) -> int:
-        """The number of keys, which follow, each with its value."""
+        """The number of entries. Their keys and values are read next, in turns."""
         return self._number("map")
 
     def integer(self) -> int:
-        """A number that is not negative."""
+        """An integer that is not negative."""
         return self._number("integer")
 
     def boolean(self) -> bool:
@@ -74,46 +74,48 @@ class Reader:
 
     def text(self) -> str:
         length = self._number("text")
-        if length > _LONGEST_TEXT:
-            raise self.file.damaged(f"it has a name of {length:,} bytes")
-        start = self._pass(length)
+        self.file.require(length <= _LONGEST_TEXT, f"it has a name of {length:,} bytes")
+        start = self.position
         try:
-            return bytes(self.file.view(start, length)).decode("utf-8")
+            return bytes(self._next(length)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.file.damaged(f"a name at byte {start:,} is not text: {quoted(error)}") from None
 
     def binary(self) -> Reader:
-        """A reader of the bytes, which are passed over."""
+        """A reader of the bytes; this one goes on behind them."""
         return self._inside(self._number("binary"))
 
     def extension(self, code: int) -> Reader:
-        """A reader of what is inside a value of the application's own type `code`."""
+        """A reader of the content of an extension of type `code`; this one goes on behind it."""
         length = self._number("extension")
-        found = self.file.view(self._pass(1), 1)[0]
-        if found != code:
-            raise self.file.damaged(f"extension type {code} was expected at byte {self.position:,}, not {found}")
+        (found,) = self._next(1)
+        expected = f"extension type {code} was expected at byte {self.position:,}"
+        self.file.require(found == code, f"{expected}, not {found}")
         return self._inside(length)
 
     def finish(self) -> None:
-        """Raises CheckpointError if more follows."""
-        if self.position != self.end:
-            raise self.file.damaged(f"nothing was expected at byte {self.position:,}, not {self.kind()}")
+        """Raise CheckpointError if there are more values."""
+        self._expect("nothing")
 
     def _number(self, kind: str) -> int:
-        """The number in the head of a value, which must be of this kind."""
-        if (found := self.kind()) != kind:
-            raise self.file.damaged(f"{kind} was expected at byte {self.position:,}, not {found}")
-        _, number, width = _HEADS[self.file.view(self._pass(1), 1)[0]]
-        return int.from_bytes(self.file.view(self._pass(width), width), "big") if width else number
+        """Read the head of a value, which must be of this kind; returns its number (see _HEADS)."""
+        self._expect(kind)
+        (first,) = self._next(1)
+        _, number, width = _HEADS[first]
+        return int.from_bytes(self._next(width), "big") if width else number
+
+    def _expect(self, kind: str) -> None:
+        found = self.kind()
+        self.file.require(found == kind, f"{kind} was expected at byte {self.position:,}, not {found}")
 
     def _inside(self, length: int) -> Reader:
-        start = self._pass(length)
-        return Reader(self.file, start, self.position)
+        """A reader of the next `length` bytes, which this one skips."""
+        self._next(length)
+        return Reader(self.file, self.position - length, self.position)
 
-    def _pass(self, length: int) -> int:
-        """Go on by `length` bytes; returns where they start."""
-        start = self.position
-        if length > self.end - start:
-            raise self.file.damaged(f"a value at byte {start:,} does not end before byte {self.end:,}")
+    def _next(self, length: int) -> memoryview:
+        """The next `length` bytes."""
+        start, ends = self.position, length <= self.end - self.position
+        self.file.require(ends, f"a value at byte {start:,} does not end before byte {self.end:,}")
         self.position += length
-        return start
+        return self.file.view(start, length)

@@ -1,17 +1,17 @@
-"""From the names that people's tools give to tensors to the official parameter names."""
+"""Turns the names that training tools give to tensors into the official parameter names."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ..errors import CheckpointError
 from .tensor import Tensor
 from .untrusted import quoted
 
-# What DataParallel, torch.compile and enclosing modules put in front, in any order and number.
+# Prefixes of DataParallel, torch.compile and enclosing modules, in any order and number.
 _PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.|model\.)+")
-# Buffers that the model computes for itself.
+# Buffers that some checkpoints have and the model computes itself.
 _BUFFERS = (".token_idx", ".rotary_emb.inv_freq")
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 _DEEPEST_WRAPPING = 4
@@ -24,10 +24,10 @@ def official_name(name: str) -> str:
 
 
 def official_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The tensors under their official names, without the buffers that someone saved.
+    """The tensors under their official names, without buffers.
 
     Raises:
-        CheckpointError: two tensors would get the same name.
+        CheckpointError: two tensors have the same official name.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -40,8 +40,14 @@ def official_names(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tenso
     return renamed
 
 
+def unknown_names(names: Sequence[str]) -> str:
+    """The sentence for an error about tensors with names that no parameter of a TTT model has."""
+    more = f", nor are {len(names) - 1} other names" if len(names) > 1 else ""
+    return f"{quoted(names[0])} is not the name of a TTT model's parameter{more}"
+
+
 def state_dict(value: object, where: str) -> dict[str, Tensor]:
-    """The tensors by name out of what torch.save wrote: a state dict, perhaps inside a training checkpoint.
+    """The state dict in the value that torch.save wrote: the value itself, or part of a training checkpoint.
 
     Raises:
         CheckpointError: there is none.
@@ -54,7 +60,7 @@ def state_dict(value: object, where: str) -> dict[str, Tensor]:
 
 
 def _unwrapped(value: object, depth: int) -> dict[str, Tensor]:
-    """The tensors of the innermost wrapped dict that has any; empty if there are none."""
+    """The tensors of the innermost wrapped dict that has some; empty if none has."""
     if not isinstance(value, dict):
         return {}
     for wrapper in _WRAPPERS if depth else ():

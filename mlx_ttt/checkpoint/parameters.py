@@ -1,4 +1,4 @@
-"""A checkpoint's tensors against the model's parameters. Names, shapes and dtypes come from the model itself."""
+"""Compares a checkpoint's tensors with the parameters of the model that its config describes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError
-from ..model import Model, ModelArgs
+from ..network.args import ModelArgs
+from ..network.model import Model
+from .names import unknown_names
 from .tensor import Tensor, dtype_name
 from .untrusted import quoted
 
@@ -19,20 +21,21 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 class Parameters:
-    """The parameters of the model that a config describes, known without making the model.
+    """Names, shapes and dtypes of a model's parameters.
 
-    Only a model of one layer is built, and never evaluated: MLX arrays know their shapes before they have values.
+    They come from a model with one layer that is built but never evaluated: MLX arrays know their shapes before they
+    have values. So the size of the model does not matter.
     """
 
     def __init__(self, args: ModelArgs):
         self.args = args
         self._model = Model(replace(args, num_hidden_layers=1))
-        one_layer = {name: value.shape for name, value in tree_flatten(self._model.parameters())}
+        one_layer = {name: value.shape for name, value in dict(tree_flatten(self._model.parameters())).items()}
         self._layer = {n: s for n, s in one_layer.items() if _LAYER.match(n)}
         self._rest = {n: s for n, s in one_layer.items() if n not in self._layer}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape by name, in the order of the network."""
+        """The shape of each parameter by name, in the order of the network."""
         layers = {
             name.replace("model.layers.0.", f"model.layers.{layer}."): shape
             for layer in range(self.args.num_hidden_layers)
@@ -41,19 +44,21 @@ class Parameters:
         return self._rest | layers
 
     def check(self, tensors: dict[str, Tensor], where: str) -> None:
-        """Raises CheckpointError with the first of `problems`, after `where`."""
+        """Raise CheckpointError if there are `problems`; it names `where` and the first of them."""
         if problems := self.problems(tensors):
             more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
             raise CheckpointError(f"{where}: {problems[0]}{more}")
 
     def problems(self, tensors: dict[str, Tensor]) -> list[str]:
-        """Why these tensors are not this model's weights, one line each; empty if they are. Reads no values."""
+        """Why these tensors are not this model's weights, one line each; empty if they are. No values are loaded."""
         found = dict(tensors)
         if self.args.tie_word_embeddings:
             found.pop(HEAD, None)
         layers = 1 + max(map(self._layer_of, found), default=-1)
         if not layers:
-            return [self._no_layers(found)]
+            # Usually all names are wrong.
+            unknown = sorted((name for name in found if name not in self._rest), key=_natural)
+            return [unknown_names(unknown) if unknown else "the tensors are of 0 layers"]
         if layers != self.args.num_hidden_layers:
             return [f"num_hidden_layers is {self.args.num_hidden_layers}, but the tensors are of {layers} layers"]
         expected = self.shapes()
@@ -76,29 +81,23 @@ class Parameters:
         match = _LAYER.match(name)
         return int(match[1]) if match and name.replace(match[0], "model.layers.0.", 1) in self._layer else -1
 
-    def _no_layers(self, found: Iterable[str]) -> str:
-        """What is wrong when no tensor has the name of a layer's parameter: as a rule, all names are others."""
-        unknown = sorted((name for name in found if name not in self._rest), key=_natural)
-        if not unknown:
-            return "the tensors are of 0 layers"
-        more = f", nor are {len(unknown) - 1} other names" if len(unknown) > 1 else ""
-        return f"{quoted(unknown[0])} is not the name of a TTT model's parameter{more}"
-
     def as_parameter(
         self, name: str, tensor: Tensor, dtype: mx.Dtype | None, nonfinite: Callable[[str], None]
     ) -> Tensor:
-        """A tensor of the checkpoint as it is to be written: in the model's layout and in its final dtype.
+        """A tensor of the checkpoint as a parameter of the model: in the model's layout and final dtype.
 
         Args:
-            dtype: of the parameters that follow the model's dtype; None keeps the tensor's own (float64: float32).
-                The inner model's parameters stay float32.
-            nonfinite: called when it is read and a value is NaN or infinite, with a sentence that says so.
+            name: of the parameter.
+            dtype: of the parameters that have the model's dtype; None keeps the tensor's own (float64 becomes
+                float32). The inner model's parameters are float32 in any case.
+            nonfinite: called when the tensor is loaded and has values that are NaN or infinite, with a sentence that
+                says so.
         """
         own = mx.float32 if tensor.dtype == mx.float64 else tensor.dtype
         target = (dtype or own) if self._model.cast_predicate(name) else mx.float32
 
-        def read() -> mx.array:
-            original = tensor.read()
+        def load() -> mx.array:
+            original = tensor.load()
             array = mx.contiguous(self._model.sanitize({name: original})[name].astype(target))
             if bad := _count_nonfinite(array):
                 overflow = target == mx.float16 and not _count_nonfinite(original)
@@ -106,15 +105,15 @@ class Parameters:
                 nonfinite(f"{name} has {bad:,} values that are {cause}")
             return array
 
-        return Tensor(self._shape(name, tensor), target, read)
+        return Tensor(self._shape(name, tensor), target, load)
 
     def _shape(self, name: str, tensor: Tensor) -> tuple[int, ...]:
-        """A tensor's shape in the model's layout: PyTorch orders a convolution's axes differently."""
+        """A tensor's shape in the model's layout, which orders the axes of convolutions otherwise than PyTorch."""
         return self._model.sanitize({name: mx.zeros(tensor.shape)})[name].shape
 
 
 def _count_nonfinite(array: mx.array) -> int:
-    return mx.sum(mx.logical_not(mx.isfinite(array))).item()
+    return mx.sum(mx.logical_not(mx.isfinite(array))).item()  # type: ignore[return-value]  # an int
 
 
 def _some(names: Iterable[str]) -> str:
@@ -126,5 +125,5 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _natural(text: str) -> list[tuple[int, str]]:
-    """Sort key: layer 2 before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(len(part), part) if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", text)]

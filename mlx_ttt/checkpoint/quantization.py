@@ -1,4 +1,4 @@
-"""Matrices in a few bits: which and how, and the way there and back, in MLX's format and with mlx-lm's names.
+"""Quantized matrices, in MLX's format and with mlx-lm's names: how they are stored, and how to quantize and dequantize.
 
 A matrix `PATH.weight` [out, in] in b bits and groups of g is stored as `PATH.weight` [out, in · b / 32], uint32,
 `PATH.scales` [out, in / g], and in the mode "affine" `PATH.biases` [out, in / g].
@@ -6,20 +6,24 @@ A matrix `PATH.weight` [out, in] in b bits and groups of g is stored as `PATH.we
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from ..errors import CheckpointError, QuantizationError
-from ..model import Model, ModelArgs
+from ..network.args import ModelArgs
+from ..network.model import Model
+from .source import Source
 from .tensor import Tensor, dtype_name
 from .untrusted import quoted
 
-_PARTS = ("weight", "scales", "biases")
+_PARTS = ("biases", "scales", "weight")
 # The bits and the group sizes that MLX has in each mode, its defaults first.
 _MODES = {
     "affine": ((4, 2, 3, 5, 6, 8), (64, 32, 128)),
@@ -29,28 +33,26 @@ _MODES = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Scheme:
-    """How a matrix is quantized, in MLX's terms; what is None becomes MLX's default for the mode.
+    """How a matrix is quantized, in MLX's terms."""
 
-    Raises:
-        QuantizationError: MLX has no such combination.
-    """
+    group_size: int
+    bits: int
+    mode: str
 
-    group_size: int | None = None
-    bits: int | None = None
-    mode: str = "affine"
+    def __init__(self, group_size: int | None = None, bits: int | None = None, mode: str = "affine") -> None:
+        """None stands for MLX's default in this mode.
 
-    def __post_init__(self):
-        if not isinstance(self.mode, str) or self.mode not in _MODES:
-            raise QuantizationError(f"the quantization mode is {quoted(self.mode)}, none of {', '.join(_MODES)}")
-        for name, allowed in zip(("bits", "group_size"), _MODES[self.mode], strict=True):
-            value = getattr(self, name)
-            if value is None:
-                object.__setattr__(self, name, allowed[0])
-            elif type(value) is not int or value not in allowed:
-                choice = ", ".join(map(str, sorted(allowed)))
-                raise QuantizationError(f"{name} is {quoted(value)}; the quantization mode {self.mode} allows {choice}")
+        Raises:
+            QuantizationError: MLX has no such combination.
+        """
+        if not isinstance(mode, str) or mode not in _MODES:
+            raise QuantizationError(f"the quantization mode is {quoted(mode)}, none of {', '.join(_MODES)}")
+        all_bits, group_sizes = _MODES[mode]
+        object.__setattr__(self, "mode", mode)
+        object.__setattr__(self, "bits", _one_of(all_bits, bits, "bits", mode))
+        object.__setattr__(self, "group_size", _one_of(group_sizes, group_size, "group_size", mode))
 
     def __str__(self) -> str:
         return f"{self.bits} bits in groups of {self.group_size}, {self.mode}"
@@ -69,21 +71,23 @@ class Scheme:
         return {"weight": (packed, mx.uint32), "scales": (groups, mx.uint8)}
 
     def parts(self, matrix: Tensor) -> dict[str, Tensor]:
-        """A matrix [out, in] quantized. Whoever reads its parts once, one after the other, reads the matrix once."""
+        """The parts of a matrix [out, in], quantized. Loading each part once loads and quantizes the matrix once."""
         layout = self.layout(matrix.shape, matrix.dtype)
-        waiting: dict[str, mx.array] = {}  # made when another part was read
+        waiting: dict[str, mx.array] = {}  # parts that were computed together with another one
 
-        def read(part: str) -> mx.array:
+        def load(part: str) -> mx.array:
             if part not in waiting:
-                arrays = mx.quantize(matrix.read(), **asdict(self))
+                arrays = mx.quantize(matrix.load(), **asdict(self))
                 mx.eval(arrays)
                 waiting.update(zip(layout, arrays, strict=True))
             return waiting.pop(part)
 
-        return {part: Tensor(*kind, lambda part=part: read(part)) for part, kind in layout.items()}
+        return {part: Tensor(shape, dtype, partial(load, part)) for part, (shape, dtype) in layout.items()}
 
     def matrix(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """The matrix [out, in] that these parts hold: in the dtype of its scales, or bfloat16, which holds it exactly.
+        """The matrix [out, in] of these parts, dequantized.
+
+        Its dtype is that of the scales in the mode "affine", else bfloat16, which holds all values of those modes.
 
         Raises:
             ValueError: they are not the parts of one matrix in this scheme.
@@ -98,11 +102,21 @@ class Scheme:
             shown = ", ".join(f"{name} {shape} {dtype_name(dtype)}" for name, (shape, dtype) in found.items())
             raise ValueError(f"has {shown}: not a matrix of {self}, as the config says")
 
-        def read() -> mx.array:
-            arrays = {name: part.read() for name, part in parts.items()}
+        def load() -> mx.array:
+            arrays = {name: part.load() for name, part in parts.items()}
             return mx.dequantize(arrays["weight"], arrays["scales"], arrays.get("biases"), **asdict(self))
 
-        return Tensor(shape, dtype, read)
+        return Tensor(shape, dtype, load)
+
+
+def _one_of(allowed: tuple[int, ...], value: int | None, name: str, mode: str) -> int:
+    """A value if MLX allows it in this mode; the mode's default for None."""
+    if value is None:
+        return allowed[0]
+    if type(value) is not int or value not in allowed:
+        choice = ", ".join(map(str, sorted(allowed)))
+        raise QuantizationError(f"{name} is {quoted(value)}; the quantization mode {mode} allows {choice}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -124,28 +138,32 @@ class Quantization:
         if scheme.mode != "affine":
             raise QuantizationError(f"the recipe {recipe} is for the quantization mode affine, not {scheme.mode}")
         model = Model(args)
-        own = mixed_quant_predicate_builder(recipe, model, scheme.group_size)
+        own: Callable[..., Any] = mixed_quant_predicate_builder(recipe, model, scheme.group_size)
         matrices = {path: module for path, module in _matrices(model).items() if scheme.fits(module.weight.shape)}
         return cls(scheme, {path: Scheme(**own(path, module)) for path, module in matrices.items()})
 
     @classmethod
-    def of_config(cls, config: Mapping, where: Path) -> Quantization | None:
-        """How the weights of a model directory are quantized; None if they are not.
+    def of_config(cls, config: Mapping, where: Path | None) -> Quantization | None:
+        """What a config says of the quantization; None if the weights are not quantized.
+
+        Args:
+            where: the config file, for the error message.
 
         Raises:
-            CheckpointError: in a way that MLX does not know.
+            CheckpointError: they are quantized in a way that MLX does not know.
         """
-        entry = config.get("quantization")  # mlx-lm writes both and reads this one
+        entry = config.get("quantization")  # mlx-lm writes this and a copy, quantization_config, and reads this one
         if not entry and not config.get("quantization_config"):
             return None
+        unknown = CheckpointError(f"{where}: the weights are quantized, but not by MLX; use the original ones")
+        if not isinstance(entry, dict):
+            raise unknown
         try:
             own = {name: Scheme(**value) for name, value in entry.items() if isinstance(value, dict)}
             rest = {name: value for name, value in entry.items() if not isinstance(value, dict | bool)}
             return cls(Scheme(rest.pop("group_size"), rest.pop("bits"), **rest), own)
-        except (AttributeError, KeyError, TypeError):  # not an object, or one with other fields
-            raise CheckpointError(
-                f"{where}: the weights are quantized, but not by MLX; use the original ones"
-            ) from None
+        except (KeyError, TypeError):  # it has other fields
+            raise unknown from None
         except QuantizationError as error:
             raise CheckpointError(f"{where}: {error}") from None
 
@@ -167,10 +185,11 @@ class Quantization:
         As in mlx-lm, a matrix whose rows do not divide into groups stays as it is; a warning says so.
 
         Raises:
-            QuantizationError: that would be every matrix.
+            QuantizationError: no matrix can be quantized.
         """
         matrices = _matrices(Model(args))
-        result, unfit = {}, {}
+        result: dict[str, Tensor] = {}
+        unfit: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             path = name.removesuffix(".weight")
             if path not in matrices:
@@ -188,26 +207,28 @@ class Quantization:
             raise QuantizationError(f"no matrix can be quantized: {why}; choose another group size")
         return result, [f"{len(unfit)} of {len(matrices)} matrices are not quantized: {path}: {why}"]
 
-    def dequantized(self, tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-        """The tensors of a quantized model as those of the same model in floating point.
 
-        Raises:
-            CheckpointError: a matrix is not quantized in the way that its config says.
-        """
-        quantized: dict[str, dict[str, Tensor]] = {}
-        result = {}
-        for name, tensor in tensors.items():
-            path, _, part = name.rpartition(".")
-            if part in _PARTS and f"{path}.scales" in tensors:
-                quantized.setdefault(path, {})[part] = tensor
-            else:
-                result[name] = tensor
-        for path, parts in quantized.items():
-            try:
-                result[f"{path}.weight"] = self.of_matrix(path).matrix(parts)
-            except ValueError as error:
-                raise CheckpointError(f"{where}: {quoted(path)} {error}") from None
-        return result
+def in_floating_point(checkpoint: Source, quantization: Quantization | None) -> Source:
+    """A checkpoint whose quantized matrices are dequantized when they are loaded.
+
+    They are in it under the names that the unquantized model has.
+
+    Args:
+        quantization: what the checkpoint's config says; None for one that is not quantized, which stays as it is.
+
+    Raises:
+        CheckpointError: a matrix is not quantized as the config says.
+    """
+    if quantization is None:
+        return checkpoint
+    tensors = dict(checkpoint.tensors)
+    for path in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        parts = {part: tensors.pop(f"{path}.{part}") for part in _PARTS if f"{path}.{part}" in checkpoint.tensors}
+        try:
+            tensors[f"{path}.weight"] = quantization.of_matrix(path).matrix(parts)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: {quoted(path)} {error}") from None
+    return replace(checkpoint, tensors=tensors)
 
 
 def _matrices(model: Model) -> dict[str, nn.Module]:

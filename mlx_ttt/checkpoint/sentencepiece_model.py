@@ -1,4 +1,4 @@
-"""A SentencePiece model, and the `tokenizer.json` that gives its ids on any text."""
+"""A SentencePiece model, and the `tokenizer.json` that gives the same ids on any text."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 from ..errors import TokenizerError
 from .untrusted import quoted, read_bytes
 
-LARGEST_FILE = 128 << 20  # bytes, of a tokenizer; vocabularies of 256 000 tokens need 35 MB as tokenizer.json
-SPACE = "\u2581"  # what SentencePiece writes for a space
+LARGEST_FILE = 128 << 20  # bytes; a tokenizer.json with 256 000 tokens has 35 MB
+SPACE = "\u2581"  # stands for a space in pieces
 Json = dict[str, Any]
 
 _Piece = ModelProto.SentencePiece
-_RESERVED = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)  # pieces that no text is encoded to by its characters
+_RESERVED = (_Piece.CONTROL, _Piece.UNKNOWN, _Piece.BYTE)  # pieces that no characters of a text are encoded to
 
 
 class SentencePieceModel:
     """A `tokenizer.model` file: its protocol buffer, and SentencePiece's own processor made from it."""
 
     def __init__(self, file: Path):
-        """Raises TokenizerError when `file` is no SentencePiece model, or one that has no equal tokenizer.json."""
+        """Raises TokenizerError if `file` is no SentencePiece model, or one that tokenizer.json cannot represent."""
         self.file = file
         data = read_bytes(file, LARGEST_FILE, TokenizerError)
         try:
@@ -48,40 +48,38 @@ class SentencePieceModel:
         self._refuse_unrepresentable()
 
     def of_type(self, *types: int) -> dict[int, str]:
-        """id → piece, for the pieces of these types."""
+        """The pieces of these types, by id."""
         return {i: p.piece for i, p in enumerate(self.proto.pieces) if p.type in types}
 
     @cached_property
     def _symbols(self) -> dict[int, str]:
-        """User-defined symbols that must be found in the text before merging, as id → piece.
+        """User-defined symbols that must be found in the text before merging, by id.
 
-        Symbols of one character need no search: merging starts from characters, and no merge takes these. In a
-        UNIGRAM model symbols are pieces with a bonus.
+        Symbols of one character need not: merging starts from characters, and no merge uses these. In a UNIGRAM model
+        symbols are pieces with a good score.
         """
         if self.is_unigram:
             return {}
         return {i: name for i, name in self.of_type(_Piece.USER_DEFINED).items() if len(name) > 1}
 
-    # ------------------------------------------------------------------------------ how far equality goes
+    # ------------------------------------------------------------------------------ what tokenizer.json can represent
 
     def _refuse_unrepresentable(self) -> None:
         kind = TrainerSpec.ModelType.Name(self.proto.trainer_spec.model_type)
-        why = None
-        if kind not in ("BPE", "UNIGRAM"):
-            why = f"a {kind} model; only BPE and UNIGRAM models are supported"
-        elif self.proto.trainer_spec.treat_whitespace_as_suffix:
-            why = "treat_whitespace_as_suffix is not supported"
-        elif not self.proto.normalizer_spec.escape_whitespaces:
-            why = "escape_whitespaces=false is not supported"
-        elif self.proto.denormalizer_spec.precompiled_charsmap:
-            why = "a denormalizer is not supported"
-        elif unused := self.of_type(_Piece.UNUSED):
-            why = f"UNUSED pieces are not supported (the first has id {next(iter(unused))})"
-        if why:
-            raise TokenizerError(f"{self.file}: {why}; pass an equivalent tokenizer.json instead")
+        unused = self.of_type(_Piece.UNUSED)
+        refused = {
+            f"a {kind} model; only BPE and UNIGRAM models are supported": kind not in ("BPE", "UNIGRAM"),
+            "treat_whitespace_as_suffix is not supported": self.proto.trainer_spec.treat_whitespace_as_suffix,
+            "escape_whitespaces=false is not supported": not self.proto.normalizer_spec.escape_whitespaces,
+            "a denormalizer is not supported": self.proto.denormalizer_spec.precompiled_charsmap,
+            f"UNUSED pieces are not supported (the first has id {min(unused, default=None)})": unused,
+        }
+        for why, applies in refused.items():
+            if applies:
+                raise TokenizerError(f"{self.file}: {why}; pass an equivalent tokenizer.json instead")
 
     def why_approximate(self) -> str | None:
-        """Why equality cannot be promised for all texts; None when it can."""
+        """Why tokenizer.json may give other ids on some texts; None if it gives the same on all."""
         if self.is_unigram:
             return "a UNIGRAM model, whose scores SentencePiece adds in float32 and tokenizer.json in float64"
         if not _ties_are_runs({p.piece: p.score for p in self.proto.pieces if p.type == _Piece.NORMAL}):
@@ -92,7 +90,7 @@ class SentencePieceModel:
         return None
 
     def texts_without_prefix(self) -> set[str]:
-        """Texts that lack the dummy prefix: a symbol and nothing else, which the normalizer takes for a symbol."""
+        """Texts that get no dummy prefix from tokenizer.json: those that are just one symbol (see `_normalizer`)."""
         if not self.proto.normalizer_spec.add_dummy_prefix:
             return set()
         return {name.replace(SPACE, mark) for name in self._symbols.values() for mark in (" ", SPACE)}
@@ -100,7 +98,13 @@ class SentencePieceModel:
     # ------------------------------------------------------------------------------ the files
 
     def tokenizer_config(self, add_bos: bool) -> Json:
-        """Settings under which transformers takes tokenizer.json as it is, and control symbols in text as text."""
+        """The content of tokenizer_config.json.
+
+        With it transformers loads tokenizer.json unchanged, and takes control symbols in a text for text.
+
+        Args:
+            add_bos: put the model's BOS, if it has one, in front of each text.
+        """
         ids = {"bos": self.processor.bos_id(), "eos": self.processor.eos_id(), "pad": self.processor.pad_id()}
         if self.byte_fallback:
             ids["unk"] = self.processor.unk_id()
@@ -114,9 +118,13 @@ class SentencePieceModel:
         }
 
     def tokenizer_json(self, add_bos: bool) -> Json:
-        """The content of tokenizer.json. add_bos: put the model's BOS, if it has one, in front of each text."""
+        """The content of tokenizer.json.
+
+        Args:
+            add_bos: put the model's BOS, if it has one, in front of each text.
+        """
         special = self.of_type(_Piece.CONTROL, *([_Piece.UNKNOWN] if self.byte_fallback else []))
-        # Special tokens are matched in raw text, if at all; symbols after normalization, as SentencePiece does.
+        # Special tokens are matched before normalization, if at all; symbols after it, as in SentencePiece.
         added = [
             {"id": id, "content": name, "special": id in special, "normalized": id not in special}
             | {"single_word": False, "lstrip": False, "rstrip": False}
@@ -135,7 +143,7 @@ class SentencePieceModel:
         }
 
     def _normalizer(self) -> Json:
-        """SentencePiece's order: characters, leading and double spaces, dummy prefix, spaces, trailing spaces."""
+        """In SentencePiece's order: characters, leading and double spaces, dummy prefix, spaces, trailing spaces."""
         spec = self.proto.normalizer_spec
         steps: list[Json] = []
         if spec.precompiled_charsmap:
@@ -146,7 +154,7 @@ class SentencePieceModel:
         if spec.add_dummy_prefix and not self._symbols:
             steps.append({"type": "Prepend", "prepend": SPACE})
         elif spec.add_dummy_prefix:
-            # The symbols to search for pass the normalizer too, and must come out as they are.
+            # `tokenizers` normalizes the symbols that it searches for, too: they must stay as they are.
             symbols = "|".join(re.escape(symbol) for symbol in self._symbols.values())
             steps.append(_replace({"Regex": rf"\A(?!\z|(?:{symbols})\z)"}, SPACE))
         steps.append(_replace({"String": " "}, SPACE))
@@ -155,11 +163,11 @@ class SentencePieceModel:
         return {"type": "Sequence", "normalizers": steps}
 
     def _decoder(self) -> Json:
-        """With byte fallback, the very shape that mlx-lm knows as SentencePiece's and streams in linear time."""
+        """With byte fallback, exactly the steps by which mlx-lm recognizes SentencePiece and streams in linear time."""
         spec = self.proto.normalizer_spec
         if self.byte_fallback:
             steps = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
-        else:  # unknown characters occur in ordinary text, and decode to a mark of their own
+        else:  # unknown characters occur in ordinary text, and decode to SentencePiece's mark for them
             unknown = {"Regex": rf"\A{re.escape(self.names[self.processor.unk_id()])}\z"}
             surface = self.proto.trainer_spec.unk_surface
             steps = [_replace(unknown, surface), _replace({"String": SPACE}, " "), {"type": "Fuse"}]
@@ -168,17 +176,15 @@ class SentencePieceModel:
         return {"type": "Sequence", "decoders": steps}
 
     def _bos_in_front(self) -> Json:
+        """A post-processor that puts BOS in front of each text."""
         id = self.processor.bos_id()
         bos = self.names[id]
-
-        def with_bos(sequence: str, type_id: int) -> list[Json]:
-            parts = {"SpecialToken": bos, "Sequence": sequence}
-            return [{kind: {"id": name, "type_id": type_id}} for kind, name in parts.items()]
-
+        first = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        second = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
         return {
             "type": "TemplateProcessing",
-            "single": with_bos("A", 0),
-            "pair": with_bos("A", 0) + with_bos("B", 1),
+            "single": first,
+            "pair": first + second,
             "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
         }
 
@@ -196,36 +202,34 @@ class SentencePieceModel:
             "byte_fallback": self.byte_fallback,
             "ignore_merges": False,
             "vocab": {name: id for id, name in enumerate(self.names)},
-            # One string per merge: older readers know no other form, and no piece contains a space.
+            # One string for each merge: older libraries know no other form, and no piece contains a space.
             "merges": [f"{left} {right}" for left, right in _merges(scores)],
         }
 
     # ------------------------------------------------------------------------------ UNIGRAM
 
     def _unigram(self) -> Json:
-        """Pieces with the scores that SentencePiece's search gives them."""
+        """The pieces, with scores such that the best segmentation is SentencePiece's."""
         normal = [p.score for p in self.proto.pieces if p.type == _Piece.NORMAL]
         if not normal:
             raise TokenizerError(f"{self.file}: the model has no ordinary pieces; copy it again")
-        # So bad that any other way to read the text is better. (User-defined symbols score 0, better than all.)
+        # So bad that any other segmentation is better. (User-defined symbols have 0, the best score.)
         never = min(normal) - 10
-
-        def score(piece: Any) -> float:
-            return never * (len(piece.piece) + 1) if piece.type in _RESERVED else piece.score
-
         return {
             "type": "Unigram",
             "unk_id": self.processor.unk_id(),
-            "vocab": [[p.piece, score(p)] for p in self.proto.pieces],
+            "vocab": [
+                [p.piece, never * (len(p.piece) + 1) if p.type in _RESERVED else p.score] for p in self.proto.pieces
+            ],
             "byte_fallback": self.byte_fallback,
         }
 
     def _cuts_in_reserved_names(self) -> Json | None:
-        """A pre-tokenizer that cuts reserved names typed in a text, such as `</s>`, where no piece reaches across.
+        """A pre-tokenizer that cuts reserved names such as `</s>` in a text, where no piece is cut by it.
 
-        `tokenizers` finds them like any other piece, at a score below all others, but not below that of a
-        character that is no piece. So a name with such a character is cut between two characters that no piece
-        has side by side (and not between two unknown ones, where unknown characters fuse).
+        `tokenizers` matches reserved names like any other piece. Their score is below that of all pieces, but not
+        below that of an unknown character. So a name with an unknown character must be cut, between two characters
+        that are not neighbours in any piece (nor both unknown, if unknown characters are fused).
         """
         pieces = self.of_type(_Piece.NORMAL, _Piece.USER_DEFINED).values()
         single = {piece for piece in pieces if len(piece) == 1}
@@ -246,12 +250,12 @@ class SentencePieceModel:
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """All ways to merge two pieces into a third, in the order in which SentencePiece prefers them.
+    """All pairs of pieces that make a third one, in the order in which SentencePiece prefers them.
 
-    SentencePiece merges the adjacent pair whose union has the best score, whatever its parts, and the leftmost
-    among equals; `tokenizers` ranks pairs. Ranking by score is enough when scores are distinct. Runs of spaces have
-    one score in the Llama vocabularies: there leftmost means that the first run grows as far as it can before the
-    next one starts, and long left parts first, then long right parts, does the same.
+    SentencePiece merges the two neighbours whose union has the best score, and the leftmost of equals; `tokenizers`
+    ranks pairs. If all scores differ, ranking pairs by the score of their union is the same. In the Llama vocabularies
+    all runs of spaces have one score. There the leftmost run grows as far as it can before the next one starts: the
+    same as ranking longer left parts first, then longer right parts.
     """
     merges = []
     for piece in scores:
@@ -261,7 +265,7 @@ def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
 
 
 def _ties_are_runs(scores: dict[str, float]) -> bool:
-    """Whether pieces share a score only as the runs of one character, and all its runs do: see `_merges`."""
+    """Whether the only pieces with one score are the runs of one character, and all of its runs: see `_merges`."""
     unions = {piece: score for piece, score in scores.items() if len(piece) > 1}
     count = Counter(unions.values())
     characters = {character for piece, score in unions.items() if count[score] > 1 for character in piece}
@@ -270,4 +274,5 @@ def _ties_are_runs(scores: dict[str, float]) -> bool:
 
 
 def _replace(pattern: Json, content: str) -> Json:
+    """A step of a normalizer or decoder that replaces all matches of a pattern."""
     return {"type": "Replace", "pattern": pattern, "content": content}

@@ -1,4 +1,4 @@
-"""What a person points at, a folder or a file, as named tensors that are still on disk."""
+"""Opens a checkpoint, a folder or a file in any known format: its tensors by name, their values still on disk."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .names import official_names, state_dict
 from .safetensors import read_safetensors
 from .tensor import Tensor
 from .torch_zip import read_torch_zip
-from .untrusted import quoted, read_json
+from .untrusted import opened, quoted, read_json
 
 _SAFETENSORS, _PYTORCH, _JAX = "safetensors", "PyTorch", "JAX stream"
 _KNOWN = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-# What training tools leave beside the weights.
+# Files that training tools leave beside the weights.
 _NOT_WEIGHTS = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint: its tensors in official names, and where the files beside the weights are."""
+    """A checkpoint: its format, its weights files, and its tensors by official name."""
 
     path: Path
     format: str
@@ -34,16 +34,17 @@ class Source:
 
     @property
     def folder(self) -> Path:
+        """Where the files beside the weights are: config, tokenizer."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def comes_without_config(self) -> bool:
-        """Whether no checkpoint of this format has a config, so that it is inferred from the tensors."""
+        """Whether checkpoints of this format have no config, so that it must be inferred from the tensors."""
         return self.format == _JAX
 
 
 def open_source(path: Path) -> Source:
-    """Open a checkpoint: a folder with safetensors or .bin weights, sharded or not, or a JAX stream; or a weights file.
+    """Open a folder with safetensors or PyTorch weights, sharded or not, or with a JAX stream; or a weights file.
 
     Raises:
         CheckpointError: nothing is there, it is not a checkpoint, or it is damaged.
@@ -54,13 +55,13 @@ def open_source(path: Path) -> Source:
     if weights.name.endswith(".index.json"):
         files, tensors = _read_shards(weights)
     else:
-        files, tensors = (weights,), _read_weights(weights)
+        files, tensors = (weights,), _READERS[_format(weights)](weights)
     sharded = f", {len(files)} shards" if len(files) > 1 else ""
     return Source(path, _format(files[0]) + sharded, files, official_names(tensors, str(path)))
 
 
 def weights_among(names: Iterable[str]) -> list[str]:
-    """The files to start from among a folder's, by their names: the one that the Hub knows, else all that may be it."""
+    """Which of a folder's files holds the weights: the one with a standard name, else all with a likely name."""
     names = sorted(names)
     for name in _KNOWN:
         if name in names:
@@ -71,7 +72,7 @@ def weights_among(names: Iterable[str]) -> list[str]:
 
 
 def _weights_file(folder: Path) -> Path:
-    """The only file in a folder to start from."""
+    """The one file of `weights_among`; raises CheckpointError if there are none or several."""
     try:
         names = os.listdir(folder)
     except OSError as error:
@@ -87,39 +88,32 @@ def _weights_file(folder: Path) -> Path:
 
 
 def _format(path: Path) -> str:
-    """A file's format by its content, unless the name says safetensors or JAX stream."""
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: not a file")
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}") from None
+    """A file's format: safetensors or JAX stream by its name, else by its content."""
+    with opened(path) as file:
+        start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":  # a header length, then a JSON object: unlike the others
         return _SAFETENSORS
     return _JAX if has_stream_name(path.name) or starts_like_stream(start) else _PYTORCH
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file; from a JAX stream by their official names, else by the names in it."""
-    kind = _format(path)
-    if kind == _SAFETENSORS:
-        return read_safetensors(path)
-    if kind == _JAX:
-        return read_jax_stream(path)
+def _read_pytorch(path: Path) -> dict[str, Tensor]:
     return state_dict(read_torch_zip(path), str(path))
 
 
+# Each gives the tensors of one file by the names in it; those of a JAX stream by their official names.
+_READERS = {_SAFETENSORS: read_safetensors, _PYTORCH: _read_pytorch, _JAX: read_jax_stream}
+
+
 def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
-    """The files that an index names and their tensors, which must be just those that it lists."""
-    weight_map = _weight_map(index)
+    """The files that an index names, and their tensors, which must be exactly those that it lists."""
+    listing = weight_map(index)
     tensors: dict[str, Tensor] = {}
-    files = tuple(index.parent / name for name in shard_names(index))
+    files = tuple(index.parent / name for name in sorted(set(listing.values())))
     for file in files:
         if not os.path.isfile(file):
             raise CheckpointError(f"{file}: missing, but {index.name} lists it")
-        shard = _read_weights(file)
-        listed = {name for name, shard_name in weight_map.items() if shard_name == file.name}
+        shard = _READERS[_format(file)](file)
+        listed = {name for name, shard_name in listing.items() if shard_name == file.name}
         for names, fact in (
             (listed - shard.keys(), f"is not in it, but {index.name} lists it there"),
             (shard.keys() - listed, f"is in it, but {index.name} does not list it there"),
@@ -131,25 +125,26 @@ def _read_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Tensor]]:
     return files, tensors
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each beside it.
+def weight_map(index: Path) -> dict[str, str]:
+    """For each tensor that an index lists, the name of its file, which is in the index's own folder.
 
     Raises:
-        CheckpointError: it cannot be read, names none, or names something else.
+        CheckpointError: the index cannot be read, names no file, or names something else.
     """
-    return sorted({_shard_name(index, name) for name in _weight_map(index).values()})
-
-
-def _weight_map(index: Path) -> dict[str, object]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    listing = read_json(index).get("weight_map")
+    if not isinstance(listing, dict) or not listing:
         raise CheckpointError(f"{index}: has no weight_map")
-    return weight_map
+    return {tensor: _shard_name(index, name) for tensor, name in listing.items()}
 
 
 def _shard_name(index: Path, name: object) -> str:
-    """A file in the index's own folder: an index may come from anywhere and may not point elsewhere."""
-    is_plain = isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) < 256
-    if not is_plain or name in (".", "..") or "/" in name or "\\" in name:
-        raise CheckpointError(f"{index}: {quoted(name)} is not the name of a file beside it")
-    return name
+    """A file name out of an index. A path is refused: an index from anywhere must not point anywhere."""
+    if (
+        isinstance(name, str)
+        and name.isprintable()
+        and 0 < len(name.encode()) < 256
+        and name not in (".", "..")
+        and not {"/", "\\"} & {*name}
+    ):
+        return name
+    raise CheckpointError(f"{index}: {quoted(name)} is not the name of a file beside it")

@@ -1,14 +1,12 @@
-"""Tokenizer files of a checkpoint → tokenizer files of a model directory.
+"""Converts the tokenizer files of a checkpoint into those of a model directory.
 
-A SentencePiece model becomes a `tokenizer.json` that gives SentencePiece's own ids on any text, and the
-`tokenizer_config.json` that makes transformers (and so mlx-lm) load it as it is. SentencePiece stays the
-judge: before anything is written, both tokenize every piece of the vocabulary and several hundred awkward
-texts, and a difference is an error.
+A SentencePiece model becomes a `tokenizer.json` that gives SentencePiece's own ids on any text, and a
+`tokenizer_config.json` with which transformers, and so mlx-lm, loads it unchanged. Both tokenizers are compared before
+anything is written, on every piece of the vocabulary and several hundred awkward texts. A difference is an error.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import tempfile
@@ -20,11 +18,12 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from ..errors import TokenizerError
-from .directory import TOKENIZER_COMPANIONS, TOKENIZER_CONFIG
+from .directory import TOKENIZER_COMPANIONS, TOKENIZER_CONFIG, TOKENIZER_FILES, write_json
 from .sentencepiece_model import LARGEST_FILE, SPACE, Json, SentencePieceModel
 from .untrusted import quoted, read_bytes, read_json
 
-_TOLERATED = 0.05  # share of differing test texts, for models that can only be approximated
+_TOLERATED = 0.05  # share of test texts that may get other ids from a model that can only be approximated
+_JSON, _SENTENCEPIECE = TOKENIZER_FILES
 _CARRIED = ("chat_template", "model_max_length", "padding_side")
 
 
@@ -37,23 +36,31 @@ class TokenizerReport:
 
 
 def write_tokenizer(source: Path, out: Path, config: Json) -> TokenizerReport | None:
-    """Write the tokenizer files of `source` into the model directory `out`; None if `source` has none.
+    """Write the tokenizer files of `source` into the model directory `out`.
 
-    source: a SentencePiece file (`*.model`), a `tokenizer.json`, or a directory with either or both. With both,
-    what `tokenizer.model` gives is written, since that is known to equal SentencePiece; only a `tokenizer.json`
-    with tokens that `tokenizer.model` lacks is kept, and its differences from SentencePiece become a warning.
-    config: the model's config, for vocab_size and the bos, eos and pad ids.
+    Control symbols in a text are text, as in SentencePiece: `<s>` is three characters. A tokenizer with a chat template
+    is the exception, because templates write control symbols as text. Python code beside a tokenizer is neither run nor
+    copied.
 
-    Text is only text: `<s>` typed by a user is three characters, as in SentencePiece. A tokenizer with a chat
-    template is the exception, because templates write their control symbols as text.
+    Args:
+        source: a SentencePiece file (`*.model`), a `tokenizer.json`, or a folder with either or both. If there are
+            both, `tokenizer.model` is converted, unless `tokenizer.json` has tokens that it lacks: then
+            `tokenizer.json` is kept, and differences from SentencePiece become a warning.
+        out: an existing folder. It is untouched if there is an error.
+        config: the model's config, for vocab_size and the bos, eos and pad ids.
 
-    Python code beside a tokenizer is neither run nor copied. Raises TokenizerError, which names the file that is
-    damaged or cannot be read, and OSError when `out` cannot be written to; `out` is then untouched.
+    Returns:
+        What was written; None if `source` has no tokenizer.
+
+    Raises:
+        TokenizerError: a file is damaged or cannot be read.
+        OSError: `out` cannot be written to.
     """
     spm_file, json_file = _find(Path(source))
-    if spm_file is None and json_file is None:
+    file = spm_file or json_file
+    if file is None:
         return None
-    given = _Given.beside(spm_file or json_file)
+    given = _Given.beside(file)
     spm, warnings = None, []
     if spm_file is not None:
         try:
@@ -62,51 +69,51 @@ def write_tokenizer(source: Path, out: Path, config: Json) -> TokenizerReport | 
             if json_file is None:
                 raise
             warnings.append(f"{error}; {json_file.name} was used")
+    if given.settings.pop("auto_map", None):
+        warnings.append(f"{file.parent}: its tokenizer comes with Python code, which is neither run nor copied")
     with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=out) as staging:
         stage = Path(staging)
-        if json_file is not None and (spm is None or _has_more_tokens(json_file, spm)):
-            report = _stage_json(json_file, spm, given, config, stage)
+        if spm is not None and (json_file is None or not _has_more_tokens(json_file, spm)):
+            warnings += _stage_sentencepiece(spm, given, config, stage)
         else:
-            report = _stage_sentencepiece(spm, given, config, stage)
-        for name in report.files:
+            assert json_file is not None  # without it, spm is there
+            warnings += _stage_json(json_file, spm, given, config, stage)
+        files = sorted(os.listdir(stage))
+        for name in files:
             (stage / name).replace(Path(out) / name)
-    report.warnings[:0] = warnings + given.warnings
-    return report
+    return TokenizerReport(files, warnings)
 
 
 @dataclass
 class _Given:
-    """What comes with a tokenizer: its settings, files to copy, and warnings about them."""
+    """The files beside a tokenizer: its settings, and other files to copy, by name."""
 
     settings: Json
     companions: dict[str, Path]
-    warnings: list[str]
 
     @classmethod
     def beside(cls, file: Path) -> _Given:
         folder = file.parent
         companions = {name: folder / name for name in TOKENIZER_COMPANIONS if os.path.lexists(folder / name)}
-        file = folder / TOKENIZER_CONFIG
-        settings = _read_json(file) if os.path.lexists(file) else {}
-        warnings = []
-        if settings.pop("auto_map", None):
-            warnings.append(f"{folder}: its tokenizer comes with Python code, which is neither run nor copied")
-        return cls(settings, companions, warnings)
+        config = folder / TOKENIZER_CONFIG
+        settings = _load_json(config) if os.path.lexists(config) else {}
+        return cls(settings, companions)
 
 
 def _find(source: Path) -> tuple[Path | None, Path | None]:
-    """The SentencePiece file and the tokenizer.json that `source` names or holds."""
+    """The SentencePiece file and the tokenizer.json that `source` is or holds; None for what is not there."""
     try:
         names = os.listdir(source)
     except NotADirectoryError:
         return (None, source) if source.suffix == ".json" else (source, None)
     except OSError as error:
         raise TokenizerError(f"{source}: {error.strerror}") from None
-    spm_file, json_file = (source / name if name in names else None for name in ("tokenizer.model", "tokenizer.json"))
+    spm_file, json_file = (source / name if name in names else None for name in (_SENTENCEPIECE, _JSON))
     return spm_file, json_file
 
 
-def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, stage: Path) -> TokenizerReport:
+def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, stage: Path) -> list[str]:
+    """Write the files for a SentencePiece model into `stage`, and compare them with it; returns warnings."""
     _check_vocab_size(spm.file, len(spm.names), config)
     warnings = []
     template = given.companions.get("chat_template.jinja")
@@ -118,30 +125,25 @@ def _stage_sentencepiece(spm: SentencePieceModel, given: _Given, config: Json, s
             "pass split_special_tokens=True for text that you do not trust"
         )
     add_bos = given.settings.get("add_bos_token") is not False
-    write_json(stage / "tokenizer.json", spm.tokenizer_json(add_bos))
+    write_json(stage / _JSON, spm.tokenizer_json(add_bos))
     write_json(stage / TOKENIZER_CONFIG, spm.tokenizer_config(add_bos) | carried)
-    _copy(spm.file, stage / "tokenizer.model")
-    files = ["tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model"]
+    _copy(spm.file, stage / _SENTENCEPIECE)
     if template:
         _copy(template, stage / template.name)
-        files.append(template.name)
     tokenizer = _load(stage, spm.file)
-    warnings += _compare(spm, tokenizer) + _id_warnings(spm.file, tokenizer, config)
-    return TokenizerReport(files, warnings)
+    return warnings + _compare(spm, tokenizer) + _id_warnings(spm.file, tokenizer, config)
 
 
 def _compare(spm: SentencePieceModel, tokenizer: Any) -> list[str]:
-    """Warnings about texts that get other ids. Raises TokenizerError when too many do."""
+    """Warnings about texts that get other ids than from SentencePiece. Raises TokenizerError if too many do."""
     warnings = []
-    exceptions = spm.texts_without_prefix()
-    if exceptions:
+    if exceptions := spm.texts_without_prefix():
         warnings.append(f"{spm.file}: a text that is just one user-defined symbol gets no leading space piece")
     texts = [text for text in _probe_texts(spm) if text not in exceptions]
     differing = _differences(spm, tokenizer, texts)
     reason = spm.why_approximate()
-    count = f"{len(differing)} of {len(texts)} test texts differ"
-    if differing:
-        count += f", first {_shorten(differing[0])}"
+    first = f", first {_shorten(differing[0])}" if differing else ""
+    count = f"{len(differing)} of {len(texts)} test texts differ{first}"
     if differing and not (reason and len(differing) <= len(texts) * _TOLERATED):
         raise TokenizerError(
             f"{spm.file}: tokenizer.json cannot represent this SentencePiece model ({count}); "
@@ -152,21 +154,23 @@ def _compare(spm: SentencePieceModel, tokenizer: Any) -> list[str]:
     return warnings
 
 
-def _stage_json(
-    file: Path, spm: SentencePieceModel | None, given: _Given, config: Json, stage: Path
-) -> TokenizerReport:
+def _stage_json(file: Path, spm: SentencePieceModel | None, given: _Given, config: Json, stage: Path) -> list[str]:
+    """Write the files for a tokenizer.json into `stage`, and compare it with the SentencePiece model, if any.
+
+    Returns:
+        Warnings.
+    """
     tokenizer = _parse_tokenizer(file)
-    for name, companion in {"tokenizer.json": file, **given.companions}.items():
+    for name, companion in {_JSON: file, **given.companions}.items():
         if companion.suffix == ".json":
-            _read_json(companion)
+            _load_json(companion)
         _copy(companion, stage / name)
     settings = given.settings or _guess_settings(tokenizer, given.companions, config)
-    # Any other class may rebuild the tokenizer by its own rules instead of loading tokenizer.json as it is.
+    # Other classes may rebuild the tokenizer by rules of their own instead of loading tokenizer.json unchanged.
     write_json(stage / TOKENIZER_CONFIG, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     tokenizer = _load(stage, file)
-    size = 1 + max(tokenizer.get_vocab().values(), default=-1)
-    _check_vocab_size(file, size, config)
+    _check_vocab_size(file, 1 + max(tokenizer.get_vocab().values(), default=-1), config)
     warnings = _id_warnings(file, tokenizer, config)
     texts = list(_probe_texts(spm)) if spm else []
     if spm and (differing := _differences(spm, tokenizer, texts)):
@@ -174,32 +178,33 @@ def _stage_json(
             f"{file}: has tokens that {spm.file.name} lacks, so it was kept, but {len(differing)} of {len(texts)} "
             f"test texts get other ids than {spm.file.name} gives, first {_shorten(differing[0])}"
         )
-    return TokenizerReport(["tokenizer.json", TOKENIZER_CONFIG, *given.companions], warnings)
+    return warnings
 
 
 def _has_more_tokens(json_file: Path, spm: SentencePieceModel) -> bool:
+    """Whether a tokenizer.json has tokens that the SentencePiece model lacks."""
     return not set(_parse_tokenizer(json_file).get_vocab()) <= set(spm.names)
 
 
 def _guess_settings(tokenizer: Tokenizer, companions: dict[str, Path], config: Json) -> Json:
-    """tokenizer_config.json for a lone tokenizer.json: special tokens from their map or the model's config."""
+    """A tokenizer_config.json where there is none: special tokens by their map or the model's config."""
     settings: Json = {"clean_up_tokenization_spaces": False}
     for name in ("bos", "eos", "pad"):
         ids = _ids(config.get(f"{name}_token_id"))
         if ids and (token := tokenizer.id_to_token(ids[0])) is not None:
             settings[f"{name}_token"] = token
     if "special_tokens_map.json" in companions:
-        settings |= _read_json(companions["special_tokens_map.json"])
+        settings |= _load_json(companions["special_tokens_map.json"])
     return settings
 
 
 def _parse_tokenizer(file: Path) -> Tokenizer:
-    _read_json(file)
+    _load_json(file)
     try:
         return Tokenizer.from_file(str(file))
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library's panics are no Exceptions
+    except BaseException as error:  # a panic of the library is not an Exception
         raise TokenizerError(f"{file}: not a tokenizer that can be loaded ({quoted(error)}); copy it again") from None
 
 
@@ -219,7 +224,7 @@ _AWKWARD = (
 
 
 def _probe_texts(spm: SentencePieceModel) -> Iterator[str]:
-    """Awkward texts, runs, every piece by itself, and random sequences of pieces."""
+    """Texts to compare tokenizers on: awkward ones, runs, every piece, and random sequences of pieces."""
     yield from _AWKWARD
     for mark in " \n\t=-0a.":
         for count in range(2, 66):
@@ -234,7 +239,7 @@ def _probe_texts(spm: SentencePieceModel) -> Iterator[str]:
 
 
 def _differences(spm: SentencePieceModel, tokenizer: Any, texts: list[str]) -> list[str]:
-    """The texts whose ids, or whose decoded ids, differ from SentencePiece's."""
+    """The texts that are not encoded, or not decoded, as SentencePiece does."""
     expected = spm.processor.encode(texts)
     got = tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     decoded = tokenizer.batch_decode(expected, skip_special_tokens=True)
@@ -243,14 +248,14 @@ def _differences(spm: SentencePieceModel, tokenizer: Any, texts: list[str]) -> l
 
 
 def _load(folder: Path, source: Path) -> Any:
-    """The tokenizer in `folder` as AutoTokenizer would load it; `source` is whom to blame."""
+    """The tokenizer in `folder`, as AutoTokenizer would load it; `source` is the file to name in an error."""
     from transformers import PreTrainedTokenizerFast  # a second to import, and only conversion needs it
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # the library's panics are no Exceptions
+    except BaseException as error:  # a panic of the library is not an Exception
         raise TokenizerError(f"{source}: transformers cannot load it ({quoted(error)}); copy it again") from None
 
 
@@ -264,6 +269,7 @@ def _check_vocab_size(file: Path, size: int, config: Json) -> None:
 
 
 def _id_warnings(file: Path, tokenizer: Any, config: Json) -> list[str]:
+    """Warnings about special tokens whose ids differ from those in the model's config."""
     warnings = []
     for name in ("bos", "eos", "pad"):
         wanted, own = _ids(config.get(f"{name}_token_id")), getattr(tokenizer, f"{name}_token_id")
@@ -273,22 +279,19 @@ def _id_warnings(file: Path, tokenizer: Any, config: Json) -> list[str]:
     return warnings
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def _ids(value: object) -> list[int]:
+    """The token ids in a field of a config, which may be one, a list, or missing."""
     ids = value if isinstance(value, list) else [value]
     return [id for id in ids if isinstance(id, int) and id >= 0]
 
 
-def _read_json(file: Path) -> Json:
+def _load_json(file: Path) -> Json:
     return read_json(file, LARGEST_FILE, TokenizerError)
 
 
 def _copy(file: Path, target: Path) -> None:
-    """Not shutil's: what cannot be read is the tokenizer's fault, what cannot be written is not."""
+    """Copy a file. If it cannot be read, that is a TokenizerError; if it cannot be written, an OSError."""
     target.write_bytes(read_bytes(file, LARGEST_FILE, TokenizerError))
-
-
-def write_json(file: Path, content: Json) -> None:
-    file.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _shorten(text: str) -> str:

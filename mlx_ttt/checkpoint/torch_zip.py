@@ -1,33 +1,33 @@
-"""PyTorch's zip format (torch.save since 1.6), read without PyTorch.
+"""Reads PyTorch's zip format (torch.save since 1.6), without PyTorch.
 
-An archive holds `NAME/data.pkl`, a pickle in which tensors are views (offset, shape, strides) of storages, and each
-storage's bytes as a record `NAME/data/KEY`.
+An archive holds `NAME/data.pkl`, a pickle in which tensors are views (offset, shape, strides) of storages, and for each
+storage a record `NAME/data/KEY` with its bytes.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TypeGuard
 
 import mlx.core as mx
 
 from ..errors import CheckpointError
 from .mapped import MappedFile
-from .tensor import Tensor, extent, read_strided
+from .tensor import Tensor, extent, is_length, is_possible_shape, read_strided
 from .torch_pickle import StorageId, read_pickle
 from .untrusted import quoted
-from .zip_records import ZipRecords
+from .zip_records import zip_records
 
 _LARGEST_PICKLE = 32 << 20  # bytes
-_MOST_AXES = 8
-# The first bytes of torch.save before 1.6: a pickled magic number.
+# What torch.save before 1.6 wrote first: a pickled magic number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 def read_torch_zip(path: Path) -> object:
     """The value that torch.save wrote, with a `Tensor` in place of each tensor.
 
-    Nothing that the file says is executed: see `torch_pickle`.
+    No code in the file is executed: see `torch_pickle`.
 
     Raises:
         CheckpointError: the file is in the format before PyTorch 1.6, truncated, damaged, or holds other objects than
@@ -35,8 +35,8 @@ def read_torch_zip(path: Path) -> object:
     """
     file = MappedFile(path)
     _refuse_legacy(file)
-    archive = _Archive(ZipRecords(file))
-    return read_pickle(archive.pickle(), str(path), archive.tensor)
+    archive = _Archive(file)
+    return read_pickle(archive.content("data.pkl", _LARGEST_PICKLE), str(path), archive.tensor)
 
 
 def _refuse_legacy(file: MappedFile) -> None:
@@ -52,53 +52,57 @@ def _refuse_legacy(file: MappedFile) -> None:
 
 
 class _Archive:
-    """The records of a PyTorch archive, and tensors as views of them."""
+    """The records of a PyTorch archive: its pickle, and storages that tensors are views of."""
 
-    def __init__(self, records: ZipRecords):
-        self.records, self.file = records, records.file
-        pickles = [name for name in records if name.endswith("/data.pkl") and name.count("/") == 1]
+    def __init__(self, file: MappedFile):
+        self.file, self.records = file, zip_records(file)
+        pickles = [name for name in self.records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(pickles) != 1:
-            raise CheckpointError(f"{self.file.path}: a zip file, but not of torch.save (it has no data.pkl)")
+            raise CheckpointError(f"{file.path}: a zip file, but not of torch.save (it has no data.pkl)")
         self.root = pickles[0].removesuffix("data.pkl")
-        if f"{self.root}constants.pkl" in records:
+        if f"{self.root}constants.pkl" in self.records:
             raise CheckpointError(
-                f"{self.file.path}: a TorchScript archive; save the weights instead:"
+                f"{file.path}: a TorchScript archive; save the weights instead:"
                 " torch.save(torch.jit.load(FILE).state_dict(), OTHER_FILE)"
             )
-        if f"{self.root}byteorder" in records and records.read(f"{self.root}byteorder", 16) != b"little":
-            raise CheckpointError(f"{self.file.path}: written on a big-endian machine, which is not supported")
+        if f"{self.root}byteorder" in self.records and self.content("byteorder", 16) != b"little":
+            raise CheckpointError(f"{file.path}: written on a big-endian machine, which is not supported")
 
-    def pickle(self) -> bytes:
-        return self.records.read(f"{self.root}data.pkl", _LARGEST_PICKLE)
+    def content(self, name: str, longest: int) -> bytes:
+        """The content of a record of at most `longest` bytes, by its name without the archive's own."""
+        return self.records[self.root + name].content(longest)
 
     def tensor(self, storage: StorageId, dtype: mx.Dtype, offset: object, shape: object, strides: object) -> Tensor:
-        """A view of a storage, its numbers checked: every element lies inside."""
-        record, start, nbytes = self._storage(storage)
-        numbers = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else ()
-        if not (
-            numbers
-            and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-            and len(shape) == len(strides) <= _MOST_AXES
-            and max(shape, default=0) < 2**31
-        ):
-            raise self.file.damaged(f"a tensor of storage {quoted(storage.key)} has an impossible shape")
-        # An axis of length 1 may have any stride: it is never taken.
-        strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
-        if math.prod(shape) and (offset + extent(shape, strides)) * dtype.size > nbytes:
-            raise self.file.damaged(f"a tensor reaches beyond storage {quoted(storage.key)}")
+        """A view of a storage. Offset, shape and strides come from the pickle, and are checked here.
 
-        def read() -> mx.array:
-            self.records.verify(record)
+        Raises:
+            CheckpointError: they are not numbers, or an element lies outside of the storage.
+        """
+        key = quoted(storage.key)
+        if (record := self.records.get(f"{self.root}data/{storage.key}")) is None:
+            raise self.file.damaged(f"storage {key} is missing")
+        start = record.start()
+        is_whole = record.size == storage.size * storage.dtype.size
+        self.file.require(is_whole, f"storage {key} has {record.size:,} bytes, not what its tensors need")
+        if not (
+            is_length(offset)
+            and _are_lengths(shape)
+            and _are_lengths(strides)
+            and len(shape) == len(strides)
+            and is_possible_shape(shape)
+        ):
+            raise self.file.damaged(f"a tensor of storage {key} has an impossible shape")
+        # The stride of an axis of length 1 is never used: it may have any value.
+        strides = tuple(stride if n > 1 else 0 for n, stride in zip(shape, strides, strict=True))
+        is_inside = not math.prod(shape) or (offset + extent(shape, strides)) * dtype.size <= record.size
+        self.file.require(is_inside, f"a tensor reaches beyond storage {key}")
+
+        def load() -> mx.array:
+            record.verify()
             return read_strided(self.file, start + offset * dtype.size, shape, strides, dtype)
 
-        return Tensor(shape, dtype, read)
+        return Tensor(shape, dtype, load)
 
-    def _storage(self, storage: StorageId) -> tuple[str, int, int]:
-        """A storage's record, the position of its first byte, and its size in bytes."""
-        record = f"{self.root}data/{storage.key}"
-        if record not in self.records:
-            raise self.file.damaged(f"storage {quoted(storage.key)} is missing")
-        start, nbytes = self.records.locate(record)
-        if nbytes != storage.size * storage.dtype.size:
-            raise self.file.damaged(f"storage {quoted(storage.key)} has {nbytes:,} bytes, not what its tensors need")
-        return record, start, nbytes
+
+def _are_lengths(value: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(value, tuple) and all(map(is_length, value))

@@ -1,21 +1,27 @@
-"""Text and JSON from files that nobody vouches for: safe to print, safe to parse, bounded in size."""
+"""Text and JSON from untrusted files: made safe to print, parsed strictly, bounded in size."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import CheckpointError, TTTError
 
-LONGEST_JSON = 16 << 20  # bytes; the largest real index file is a hundred times smaller
+LONGEST_JSON = 16 << 20  # bytes; the largest known index file is a hundred times smaller
 
 
 def quoted(value: object, longest: int = 200) -> str:
-    """A name out of a file, or an error about one, as it may stand in a one-line message.
+    """A value out of a file, or an error, as text for a one-line message: short and without control characters.
 
-    No control characters and no endless text; an error's lines are joined, and one without words gives its class.
+    An error's lines are joined; an error without a message gives the name of its class.
+
+    Args:
+        longest: characters to show at most.
     """
     if isinstance(value, BaseException):
         value = " ".join(str(value).split()) or type(value).__name__
@@ -25,35 +31,53 @@ def quoted(value: object, longest: int = 200) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def read_bytes(path: Path, longest: int, kind: type[TTTError] = CheckpointError) -> bytes:
-    """A file that is small enough to read whole.
+@contextmanager
+def opened(path: Path, kind: type[TTTError] = CheckpointError) -> Iterator[BinaryIO]:
+    """A context manager that gives a file to read from.
 
     Args:
-        longest: bytes that it may have.
-        kind: the class of the error, which names the file.
+        kind: the class of the error to raise.
 
     Raises:
-        CheckpointError, or what `kind` says: it cannot be read, or is longer.
+        TTTError (of the class `kind`): there is no such file, or it cannot be read.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe could wait forever
             raise kind(f"{path}: not a file")
         with path.open("rb") as file:
-            data = file.read(longest + 1)
+            yield file
     except FileNotFoundError:
         raise kind(f"{path}: no such file") from None
     except OSError as error:
         raise kind(f"{path}: {error.strerror}") from None
+
+
+def read_bytes(path: Path, longest: int, kind: type[TTTError] = CheckpointError) -> bytes:
+    """The content of a small file.
+
+    Args:
+        longest: how many bytes it may have.
+        kind: the class of the error to raise.
+
+    Raises:
+        TTTError (of the class `kind`): it cannot be read, or is longer.
+    """
+    with opened(path, kind) as file:
+        data = file.read(longest + 1)
     if len(data) > longest:
         raise kind(f"{path}: has more than {longest:,} bytes, more than a checkpoint has there")
     return data
 
 
 def parse_json(text: bytes, where: str, kind: type[TTTError] = CheckpointError) -> dict:
-    """The JSON object that `text` holds, its keys unique.
+    """The JSON object in `text`, whose keys must be unique.
+
+    Args:
+        where: the file, for the error message.
+        kind: the class of the error to raise.
 
     Raises:
-        CheckpointError, or what `kind` says: `text` is not JSON in UTF-8, or not an object.
+        TTTError (of the class `kind`): `text` is not JSON in UTF-8, or not an object.
     """
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
@@ -72,5 +96,5 @@ def parse_json(text: bytes, where: str, kind: type[TTTError] = CheckpointError) 
 
 
 def read_json(path: Path, longest: int = LONGEST_JSON, kind: type[TTTError] = CheckpointError) -> dict:
-    """The JSON object in a file; arguments and errors are those of `read_bytes` and `parse_json`."""
+    """The JSON object in a file. Arguments and errors are those of `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, longest, kind), str(path), kind)

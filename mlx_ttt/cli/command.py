@@ -1,76 +1,167 @@
-"""What all commands share."""
+"""What all commands share: one-line errors, Ctrl-C, a progress bar."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
 import signal
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
 from ..errors import TTTError
 
+if TYPE_CHECKING:
+    import mlx.core as mx
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
-INTERRUPTED = 130  # what shells report for a program ended by Ctrl-C
+Rows = Iterable[Sequence[str]]
+
+INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended, as shells report it
 
 
-class Command(click.Command):
-    """Shows what a user can mend as one line on stderr, exit status 2, no traceback."""
+def one_line(error: BaseException) -> str:
+    """What is wrong, for a user."""
+    if isinstance(error, click.UsageError):
+        where = f" (`{error.ctx.command_path} --help` shows what there is)" if error.ctx is not None else ""
+        return f"{error.format_message().rstrip('.')}{where}"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'output'}: {error.strerror}"
+    return str(error) or type(error).__name__
 
-    def invoke(self, ctx: click.Context):
+
+def fail(error: BaseException) -> NoReturn:
+    """End with one line on stderr and exit status 2."""
+    click.echo(f"error: {' '.join(one_line(error).split())}", err=True)
+    raise click.exceptions.Exit(2)
+
+
+class OneLine(click.Command):
+    """A command that ends in one line if it is called wrongly. click's own message has four."""
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, *more, standalone_mode=False, **extra)  # type: ignore[call-overload]
+        try:
+            status = super().main(args, *more, standalone_mode=False, **extra)  # type: ignore[call-overload]
+            sys.exit(status or 0)
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
+        except click.ClickException as error:
+            click.echo(f"error: {' '.join(one_line(error).split())}", err=True)
+            sys.exit(2)
+        except click.Abort:
+            sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it closes stdout
+            sys.exit(1)
+
+
+class Group(OneLine, click.Group):
+    """Commands under one name."""
+
+
+class Command(OneLine):
+    """A command whose errors, if a user can mend them, are one line on stderr and exit status 2: no traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except TTTError as error:
-            message = str(error)
+            fail(error)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has left
+            if error.errno == errno.EPIPE:  # the program that reads our output has ended: main exits in silence
                 raise
-            message = f"{error.filename or 'output'}: {error.strerror}"
+            fail(error)
         except KeyboardInterrupt:
             click.echo("interrupted; nothing was saved", err=True)
             ctx.exit(INTERRUPTED)
-        click.echo(f"error: {' '.join(message.split())}", err=True)
-        ctx.exit(2)
+
+
+def styled(text: str, stream: TextIO, **style: Any) -> str:
+    """Text with a colour or weight, if it goes to a terminal and the user has not set NO_COLOR (no-color.org)."""
+    return click.style(text, **style) if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+def text_of(file: str, name: str) -> str:
+    """A file's text, unchanged: line ends are part of it. Errors begin with the name.
+
+    Raises:
+        TTTError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        content = Path(file).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise TTTError(f"{name}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TTTError(f"{name}: not UTF-8 text") from None
+    if not content:
+        raise TTTError(f"{name}: is empty")
+    return content
+
+
+def show_table(rows: Rows) -> None:
+    """Print a table: names on the left, values on the right."""
+    table = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for name, *values in table:
+        cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        click.echo("  ".join([name.ljust(widths[0]), *cells]).rstrip())
 
 
 class Interrupt:
-    """Here Ctrl-C only sets `received`, so that a loop can end between two tokens; a second one is as usual."""
+    """A context manager in which Ctrl-C only sets `received`, so that a loop can end between two tokens.
+
+    A second Ctrl-C interrupts as usual.
+    """
 
     def __enter__(self) -> Interrupt:
         self.received = False
         self._before = signal.signal(signal.SIGINT, self._receive)
         return self
 
-    def _receive(self, *_) -> None:
+    def _receive(self, *_: object) -> None:
         self.received = True
         signal.signal(signal.SIGINT, self._before)
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._before)
 
 
-class Progress:
-    """A progress bar on stderr; silent where stderr is no terminal or there is little to wait for."""
+class Progress(ExitStack):
+    """A context manager that gives a progress bar on stderr, to be called with the work done so far and in all.
+
+    It shows nothing if stderr is not a terminal, or if the work in all is less than `at_least`.
+    """
 
     def __init__(self, label: str, at_least: int = 1):
-        self.label, self.at_least, self._bar, self._done = label, at_least, None, 0
+        super().__init__()
+        self.label, self.at_least = label, at_least
+        self._bar: Any = None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is None:
             if total < self.at_least or not sys.stderr.isatty():
                 return
-            self._bar = click.progressbar(length=total, label=self.label, file=sys.stderr)
-            self._bar.__enter__()
-        self._bar.update(done - self._done)
-        self._done = done
+            self._bar = self.enter_context(click.progressbar(length=total, label=self.label, file=sys.stderr))
+        self._bar.update(done - self._bar.pos)
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+@contextlib.contextmanager
+def only_the_first_shows(group: mx.distributed.Group | None) -> Iterator[None]:
+    """Of several machines, which all write the same, the first one shows it."""
+    if group is None or group.rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

@@ -1,24 +1,26 @@
-"""convert: a checkpoint to a model directory, or a look at one."""
+"""convert: checkpoints into model directories; inspect: what a checkpoint holds."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..errors import HubError, TTTError
-from .command import CONTEXT, Command, Progress
+from .command import CONTEXT, Command, Group, Progress
+from .coreai import coreai
 from .coreml import coreml, verify
 
 if TYPE_CHECKING:
-    from ..checkpoint.convert import Inspection
+    from ..checkpoint.convert import ConversionReport
+    from ..checkpoint.inspection import Inspection
 
 
-@click.group(context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT)
 def convert() -> None:
-    """Convert checkpoints of TTT language models: to MLX, and from there to Core ML."""
+    """Convert checkpoints of TTT language models: to MLX, and from there to Core ML, Core AI or back to PyTorch."""
 
 
 @convert.command(cls=Command, context_settings=CONTEXT)
@@ -29,28 +31,40 @@ def convert() -> None:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the weights; the checkpoint's own by default. The inner model stays float32.",
+    help="Dtype of the weights; the checkpoint's own by default. The inner model stays float32.",
 )
-@click.option("--bits", type=int, metavar="N", help="Quantize the projections and embeddings to so many bits.")
-@click.option("--group-size", type=int, metavar="N", help="How many quantized weights share a scale.")
+@click.option("--bits", type=int, metavar="N", help="Quantize the projections and embeddings to N bits.")
+@click.option("--group-size", type=int, metavar="N", help="Let N quantized weights share a scale.")
 @click.option(
-    "--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Of quantization; affine by default."
+    "--mode", type=click.Choice(["affine", "mxfp4", "mxfp8", "nvfp4"]), help="Mode of quantization; affine by default."
 )
 @click.option(
     "--quant-predicate",
     "recipe",
     type=click.Choice(["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"]),
-    help="Quantize with more bits where it matters, by a recipe of mlx-lm.",
+    help="Quantize with more bits where they matter most, by a recipe of mlx-lm.",
 )
-@click.option("--dequantize", is_flag=True, help="Write a quantized model directory's weights in --dtype.")
-@click.option("--config", type=Path, metavar="FILE", help="The model's config.json, where SOURCE has none.")
+@click.option("--dequantize", is_flag=True, help="Write a quantized model's weights in floating point.")
+@click.option("--config", type=Path, metavar="FILE", help="The model's config.json, if SOURCE has none.")
 @click.option("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model or tokenizer.json, or a folder with it.")
-@click.option("--ttt-base-lr", type=float, help="Of a JAX checkpoint: 1.0 for TTT-Linear, 0.1 for TTT-MLP by default.")
-@click.option("--rope-theta", type=float, help="Of a JAX checkpoint: 10000 by default.")
-@click.option("--rms-norm-eps", type=float, help="Of a JAX checkpoint: 1e-6 by default.")
+@click.option("--ttt-base-lr", type=float, help="For a JAX checkpoint; by default 1.0 for TTT-Linear, 0.1 for TTT-MLP.")
+@click.option("--rope-theta", type=float, help="For a JAX checkpoint; 10000 by default.")
+@click.option("--rms-norm-eps", type=float, help="For a JAX checkpoint; 1e-6 by default.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model directory.")
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite too.")
-def mlx(source, out, dtype, bits, group_size, mode, upload_repo, ttt_base_lr, rope_theta, rms_norm_eps, **options):
+def mlx(
+    source: Path,
+    out: Path,
+    dtype: str | None,
+    bits: int | None,
+    group_size: int | None,
+    mode: str | None,
+    upload_repo: str | None,
+    ttt_base_lr: float | None,
+    rope_theta: float | None,
+    rms_norm_eps: float | None,
+    **options: Any,
+) -> None:
     """Convert SOURCE, a PyTorch or JAX checkpoint, to the MLX model directory OUT.
 
     SOURCE is a folder, a file, or a repository on the Hugging Face Hub: org/name.
@@ -71,19 +85,14 @@ def mlx(source, out, dtype, bits, group_size, mode, upload_repo, ttt_base_lr, ro
         report = convert(
             source,
             out,
-            dtype=dtype and getattr(mx, dtype),
+            dtype=getattr(mx, dtype) if dtype else None,
             quantize=Scheme(group_size, bits, mode or "affine") if is_quantized else None,
             assumptions={name: value for name, value in assumptions.items() if value is not None},
             name=upload_repo,
             progress=progress,
             **options,
         )
-    for warning in report.warnings:
-        click.echo(f"warning: {warning}", err=True)
-    click.echo(
-        f"{out}: {report.parameters / 1e6:.2f} M parameters, {report.nbytes / 1e6:.1f} MB,"
-        f" {8 * report.nbytes / report.parameters:.2f} bits per weight"
-    )
+    _show(report, out)
     if upload_repo is not None:
         try:
             click.echo(upload(out, upload_repo))
@@ -91,24 +100,46 @@ def mlx(source, out, dtype, bits, group_size, mode, upload_repo, ttt_base_lr, ro
             raise HubError(f"{error}; {out} is complete: `hf upload {upload_repo} {out}` uploads it") from None
 
 
+def _show(report: ConversionReport, out: Path) -> None:
+    """Say what was written."""
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(
+        f"{out}: {report.parameters / 1e6:.2f} M parameters, {report.nbytes / 1e6:.1f} MB,"
+        f" {8 * report.nbytes / report.parameters:.2f} bits per weight"
+    )
+
+
+@convert.command(cls=Command, context_settings=CONTEXT)
+@click.argument("model", type=Path)
+@click.argument("out", type=Path)
+@click.option("--dequantize", is_flag=True, help="Write a quantized model's weights in floating point.")
+@click.option("--overwrite", is_flag=True, help="Replace OUT if it is a model directory.")
+def torch(model: Path, out: Path, dequantize: bool, overwrite: bool) -> None:
+    """Convert MODEL, a model directory, back to the layout of the official PyTorch code: OUT.
+
+    Weights are bit for bit those of MODEL, in safetensors; config.json is one that the official code reads.
+    """
+    from ..checkpoint.official import convert_to_torch
+
+    with Progress("converting") as progress:
+        report = convert_to_torch(model, out, dequantize=dequantize, overwrite=overwrite, progress=progress)
+    _show(report, out)
+
+
 @convert.command(cls=Command, context_settings=CONTEXT)
 @click.argument("source", type=Path)
-@click.option("--config", type=Path, metavar="FILE", help="The model's config.json, where SOURCE has none.")
-def inspect(source, config):
+@click.option("--config", type=Path, metavar="FILE", help="The model's config.json, if SOURCE has none.")
+def inspect(source: Path, config: Path | None) -> None:
     """Show what SOURCE, a checkpoint or model directory, holds."""
-    from ..checkpoint.convert import inspect
+    from ..checkpoint.inspection import inspect
 
-    found = inspect(source, config=config)
-    for name, value in _facts(found):
+    for name, value in _facts(inspect(source, config=config)):
         click.echo(f"{name + ':':12} {value}")
-    for warning in found.warnings:
-        click.echo(f"{'warning:':12} {warning}")
-    for problem in found.problems:
-        click.echo(f"{'problem:':12} {problem}")
 
 
 def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
-    """What there is to say of a checkpoint, line by line."""
+    """The lines to show of a checkpoint: a name and a value each."""
     yield "format", found.format
     sizes = ", ".join(f"{nbytes / 1e6:.1f} MB {dtype}" for dtype, nbytes in found.bytes_by_dtype.items())
     yield "weights", f"{found.parameters / 1e6:.2f} M in {found.tensors} tensors, {sizes}"
@@ -121,7 +152,10 @@ def _facts(found: Inspection) -> Iterator[tuple[str, str]]:
         yield "backbone", ", ".join(flags) or "no convolutions, separate q and k, no gate"
         yield "lm_head", "tied to the embedding" if args.tie_word_embeddings else "of its own"
     yield "tokenizer", ", ".join(found.tokenizer_files) or "none: add one when converting, with --tokenizer FILE"
+    yield from (("warning", warning) for warning in found.warnings)
+    yield from (("problem", problem) for problem in found.problems)
 
 
+convert.add_command(coreai)
 convert.add_command(coreml)
 convert.add_command(verify)

@@ -1,4 +1,4 @@
-"""coreml and verify: a model directory as a Core ML package, and how far that is from the model."""
+"""coreml: exports a model directory as a Core ML package; verify: compares the package with the model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from .command import CONTEXT, Command, Progress
+from .coreai import is_bundle, verify_bundle
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -17,14 +18,14 @@ from .command import CONTEXT, Command, Progress
     "--weights",
     type=click.Choice(["float16", "int8", "int4"]),
     default="float16",
-    help="Of the large matrices. int8: half the size, next to no loss. int4: a quarter, where size is everything; run"
-    " `verify` before shipping it.",
+    help="How the large matrices are stored. int8: half the size, hardly any loss. int4: a quarter of the size; run"
+    " `verify` before you ship it.",
 )
 @click.option(
     "--compute",
     type=click.Choice(["float16", "mixed"]),
     default="float16",
-    help="mixed: the inner model learns in float32, for texts where float16 goes astray; keeps off the Neural Engine.",
+    help="mixed: the inner model learns in float32, for texts that float16 is too coarse for; no Neural Engine.",
 )
 @click.option(
     "--prefill-tokens",
@@ -32,41 +33,51 @@ from .command import CONTEXT, Command, Progress
     default=0,
     show_default="one mini-batch",
     metavar="N",
-    help="That prefill reads at once, a multiple of the mini-batch size. More: faster prompts, a larger program.",
+    help="Tokens per call of prefill, a multiple of the mini-batch size. More: faster prompts, a larger program.",
 )
 @click.option(
     "--state-mode",
     type=click.Choice(["state", "io"]),
     default="state",
-    help="io: the state as input and output of every call, for systems where Core ML's own states fail.",
+    help="io: the state is an input and output of every call, for systems where Core ML's own states fail.",
 )
 @click.option(
     "--separate",
     is_flag=True,
-    help="A package for each function, NAME-decode and NAME-prefill, where the Neural Engine refuses both in one."
-    " Weights are stored twice.",
+    help="Make a package for each function, NAME-decode and NAME-prefill, if the Neural Engine refuses both in one."
+    " The weights are stored twice.",
 )
 @click.option(
     "--split-head",
     type=click.IntRange(1),
     default=1,
     metavar="N",
-    help="Compute the logits in N pieces, for devices that refuse a product as large as the vocabulary. With tied"
-    " embeddings they are stored twice.",
+    help="Compute the logits in N pieces, for devices that refuse a product as large as the vocabulary. Tied"
+    " embeddings are then stored twice.",
 )
-@click.option("--no-companions", is_flag=True, help="Only the package: no tokenizer, configuration and Swift code.")
-def coreml(model, out, weights, compute, prefill_tokens, state_mode, separate, split_head, no_companions):
+@click.option("--no-companions", is_flag=True, help="Write only the package: no tokenizer, no configuration, no Swift.")
+def coreml(
+    model: Path,
+    out: Path,
+    weights: str,
+    compute: str,
+    prefill_tokens: int,
+    state_mode: str,
+    separate: bool,
+    split_head: int,
+    no_companions: bool,
+) -> None:
     """Export MODEL, a model directory, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
 
-    Beside it appears OUT-companions, a folder with what an app needs: tokenizer, configuration, Swift code.
+    Beside it a folder OUT-companions is made, with what an app needs: tokenizer, configuration, Swift code.
     """
-    from ..coreml import require_coremltools
+    from ..export.mil import require_coremltools
 
     require_coremltools()
-    from ..coreml.package import export
-    from ..coreml.program import Options
+    from ..export.mil.package import export
+    from ..export.mil.program import Options
 
-    options = Options(compute, state_mode, split_head, prefill_tokens)
+    options = Options(compute, split_head, prefill_tokens, state_mode=state_mode)
     start = time.perf_counter()
     with Progress("exporting") as progress:
         report = export(
@@ -90,22 +101,35 @@ def coreml(model, out, weights, compute, prefill_tokens, state_mode, separate, s
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("package", type=Path)
-@click.option("--against", type=Path, required=True, metavar="MODEL", help="The model directory it was made of.")
-@click.option("--tokens", type=click.IntRange(1), default=160, metavar="N", help="Length of the text to compare on.")
-def verify(package, against, tokens):
-    """Compare the answers of PACKAGE with those of the model it was exported from.
+@click.option("--against", type=Path, required=True, metavar="MODEL", help="The model directory it was exported from.")
+@click.option(
+    "--tokens",
+    type=click.IntRange(1),
+    show_default="160; of a Core AI bundle 4096",
+    metavar="N",
+    help="Length of the text to compare on.",
+)
+@click.pass_context
+def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None) -> None:
+    """Compare PACKAGE, a Core ML package or a bundle for Core AI, with the model it was exported from.
 
-    On macOS it runs in Core ML, on each compute unit in turn, with a count of what Core ML plans to run where.
-    Elsewhere an interpreter runs the saved program and rounds as it declares: that checks the graph and the weights.
-    Of a pair exported with --separate, PACKAGE is the name without -decode or -prefill.
+    A bundle runs in Core AI's own runtime, on Linux too; the exit status is 1 if it is beyond a bound.
+
+    A package runs on macOS in Core ML, on each compute unit in turn; also shown is how many operations Core ML plans
+    to run on which unit. Elsewhere an interpreter runs the saved program, with the roundings that it declares: this
+    checks the graph and the weights. For a pair exported with --separate, PACKAGE is the name without -decode or
+    -prefill.
     """
-    from ..coreml import require_coremltools
+    if is_bundle(package):
+        verify_bundle(ctx, package, against, tokens or 4096)
+        return
+    from ..export.mil import require_coremltools
 
     require_coremltools()
-    from ..coreml.verify import Refusal, verify
+    from ..export.verify import Refusal, verify
 
     with Progress("comparing") as progress:
-        comparisons = verify(package, against, tokens=tokens, progress=progress)
+        comparisons = verify(package, against, tokens=tokens or 160, progress=progress)
     for found in comparisons:
         if isinstance(found, Refusal):
             click.echo(f"{found.where}: refused: {found.reason}")
@@ -116,6 +140,6 @@ def verify(package, against, tokens):
         click.echo(f"  same five best      {found.top5:.1%}")
         click.echo(f"  KL divergence       {found.divergence:.2e} nats")
         click.echo(f"  state drift         {found.state_error:.2e} of what it has learned")
-        for function, devices in (found.devices or {}).items():
+        for function, devices in found.devices.items():
             shares = ", ".join(f"{device} {count}" for device, count in sorted(devices.items()))
             click.echo(f"  {function + ' runs on':19} {shares}")

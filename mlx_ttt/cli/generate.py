@@ -3,211 +3,226 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from .. import _blas
+from ..backends.cpu import library
 from ..errors import TTTError
-from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress
+from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress, only_the_first_shows
+from .notes import Notes
+from .sampling import learning_option, make_sampler, sampling_options
 
 if TYPE_CHECKING:
-    from ..generation import TextState
-
-LEAST_TEMPERATURE = 1e-5  # below it, logits divided by the temperature overflow; the best token wins anyway
-
-
-def _finite(ctx, param, value: float) -> float:
-    if not math.isfinite(value):
-        raise click.BadParameter("must be a number", ctx, param)
-    return value
+    from ..network.model import Model
+    from ..text.state import TextState
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--model", metavar="DIR", help="Model directory, or org/name on the Hub; the bundled one by default.")
+@click.option("--model", metavar="DIR", help="A model directory, or org/name on the Hub; the bundled model by default.")
 @click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--prompt-file", metavar="FILE", help="A file that holds the text to continue.")
 @click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")
-@click.option(
-    "--temp", default=0.0, type=click.FloatRange(0), callback=_finite, help="Sampling temperature; 0: greedy."
-)
-@click.option(
-    "--top-p",
-    default=1.0,
-    type=click.FloatRange(0, 1, min_open=True),
-    callback=_finite,
-    help="Sample from the best tokens of this total probability.",
-)
-@click.option("--top-k", default=0, type=click.IntRange(0), help="Sample from the K best tokens; 0: all.")
-@click.option(
-    "--min-p",
-    default=0.0,
-    type=click.FloatRange(0, 1),
-    callback=_finite,
-    help="Drop tokens less likely than this, relative to the best.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**64 - 1), help="Makes sampling repeatable.")
+@sampling_options
 @click.option(
     "--stop",
     multiple=True,
     metavar="TEXT",
-    help="Stop before this text (a saved state has read it); can be given several times.",
+    help="Stop before this text; can be given several times. A saved state has read the text.",
 )
 @click.option("--num-samples", "-n", default=1, type=click.IntRange(1), help="Continue the text N times.")
 @click.option(
-    "--draft-model", metavar="DIR", help="A smaller model of the same vocabulary that proposes tokens, for speed."
+    "--draft-model", metavar="DIR", help="A smaller model with the same vocabulary, which proposes tokens, for speed."
 )
-@click.option("--num-draft-tokens", default=3, type=click.IntRange(1), help="Proposals at a time.")
-@click.option("--save-state", metavar="FILE", help="Save what was read and written, to go on from it later.")
-@click.option("--load-state", metavar="FILE", help="Go on from a saved state; --prompt comes after it, if given.")
-@click.option("--verbose", "-v", is_flag=True, help="Show speed, memory and state size on stderr.")
+@click.option("--num-draft-tokens", default=3, type=click.IntRange(1), help="How many tokens it proposes at a time.")
+@click.option("--save-state", metavar="FILE", help="Save the state after the text, to continue it later.")
+@click.option("--load-state", metavar="FILE", help="Continue a saved state, after adding --prompt, if given.")
+@learning_option
+@click.option(
+    "--observe", metavar="FILE", help="Write what it learned from each token it wrote: FILE.npz or FILE.jsonl."
+)
+@click.option("--verbose", "-v", is_flag=True, help="Show speed, memory and size of the state on stderr.")
 def generate(
-    model,
-    prompt,
-    prompt_file,
-    max_tokens,
-    num_samples,
-    draft_model,
-    num_draft_tokens,
-    save_state,
-    load_state,
-    verbose,
-    **sampling,
-):
+    model: str | None,
+    prompt: str | None,
+    prompt_file: str | None,
+    max_tokens: int,
+    seed: int | None,
+    stop: tuple[str, ...],
+    num_samples: int,
+    draft_model: str | None,
+    num_draft_tokens: int,
+    save_state: str | None,
+    load_state: str | None,
+    learning: float | None,
+    observe: str | None,
+    verbose: bool,
+    **sampling: Any,
+) -> None:
     """Continue a text with a TTT language model.
 
     \b
     generate.py --prompt "ROMEO:" --temp 0.8
     generate.py --prompt-file book.txt --max-tokens 0 --save-state book.state
     generate.py --load-state book.state --prompt "CHAPTER II"
+
+    Started with mlx.launch, the model is split over the machines (docs/distributed.md).
     """
     text = _prompt(prompt, prompt_file, required=load_state is None)
     if save_state is not None and num_samples > 1:
         raise TTTError("--save-state saves one text: leave out --num-samples")
     if max_tokens == 0 and save_state is None:
         raise TTTError("--max-tokens 0 only reads: add --save-state FILE to keep what was read")
+    if draft_model is not None and (observe is not None or learning is not None):
+        raise TTTError("--observe and --learning do not go together with --draft-model: leave one out")
+    if observe is not None and (num_samples > 1 or max_tokens == 0):
+        raise TTTError("--observe is for one text that is written: leave out --num-samples, and --max-tokens 0")
 
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
-    import mlx_ttt
-    from mlx_ttt.generation import encode, state_file
+    from ..distributed.group import as_first, joined
+    from ..loading import load
+    from ..text import state as states
+    from ..text.tokenizer import encode
 
-    if save_state is not None:
-        state_file(save_state)  # an hour of reading should not end in an error that could be seen before
-    seed, stop = sampling.pop("seed"), sampling.pop("stop")
-    if seed is not None:
-        mx.random.seed(seed)
-    loaded, tokenizer = mlx_ttt.load(model)
-    draft = _draft(draft_model, num_draft_tokens, loaded, tokenizer) if draft_model is not None else {}
-    sampling["temp"] = sampling["temp"] if sampling["temp"] >= LEAST_TEMPERATURE else 0.0
-    sampling["top_k"] = sampling["top_k"] if sampling["top_k"] < loaded.args.vocab_size else 0
-    options = {"max_tokens": max_tokens, "sampler": make_sampler(**sampling), "stop": stop}
-    state = mlx_ttt.load_state(load_state, loaded, tokenizer) if load_state is not None else None
-    before = state.tokens if state is not None else []
-    tokens = encode(tokenizer, text, continues=bool(before))
-    state = _read(loaded, tokenizer, tokens, state, verbose)
-    if draft:
-        options |= draft | {"draft_state": mlx_ttt.read(draft["draft_model"], tokenizer, before + tokens)}
+    with joined() as group, only_the_first_shows(group):
+        if group is not None and (save_state is not None or load_state is not None):
+            raise TTTError("a state is split over the machines: no --save-state or --load-state on several")
+        if group is not None and observe is not None:
+            raise TTTError("the heads are split over the machines: no --observe on several")
+        verbose = verbose and (group is None or group.rank() == 0)
+        notes = None if observe is None else Notes(observe)
+        if save_state is not None:
+            states.state_file(save_state)  # fails now rather than after an hour of reading
+        if seed is not None:
+            mx.random.seed(seed)
+        network, tokenizer = load(model, group=group)
+        writer = _Writer(network, tokenizer, verbose, learning, notes)
+        draft = None if draft_model is None else _draft_model(draft_model, num_draft_tokens, writer)
+        before = None if load_state is None else states.load_state(load_state, network, tokenizer)
+        context = before.tokens if before is not None else []
+        tokens = encode(tokenizer, text, continues=bool(context))
+        state = writer.prefill(tokens, before)
+        sampler = as_first(make_sampler(network.args.vocab_size, **sampling), group)
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "stop": stop}
+        if draft is not None:
+            draft_state = states.read(draft, tokenizer, context + tokens)
+            options |= {"draft_model": draft, "draft_state": draft_state, "num_draft_tokens": num_draft_tokens}
 
-    interrupted = False
-    for sample in range(1, num_samples + 1 if max_tokens else 1):
-        if num_samples > 1:
-            click.echo(f"--- {sample} of {num_samples} ---")
-        continued = state if save_state is not None else state.copy()
-        interrupted = _write(loaded, tokenizer, continued, options, verbose)
+        if save_state is None:
+            interrupted = writer.write_samples(state, num_samples, options)
+        else:
+            interrupted = max_tokens != 0 and writer.write(state, options)
+            states.save_state(save_state, state, network, tokenizer)
+        if notes is not None:
+            notes.save()
+        if verbose:
+            memory = mx.get_peak_memory() / 1e6
+            click.echo(f"peak memory: {memory:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
+            if advice := library.advice():
+                click.echo(advice, err=True)
         if interrupted:
-            break
-
-    if save_state is not None:
-        mlx_ttt.save_state(save_state, state, loaded, tokenizer)
-    if verbose:
-        click.echo(f"peak memory: {mx.get_peak_memory() / 1e6:.0f} MB, state: {state.nbytes / 1e6:.2f} MB", err=True)
-        if advice := _blas.advice():
-            click.echo(advice, err=True)
-    sys.exit(INTERRUPTED if interrupted else 0)
+            sys.exit(INTERRUPTED)
 
 
-def _read(model, tokenizer, tokens: list[int], state: TextState | None, verbose: bool) -> TextState:
-    from ..generation import read
+@dataclass(frozen=True)
+class _Writer:
+    """A model with its tokenizer, which reads a text and writes its continuation."""
 
-    before, start = len(state) if state else 0, time.perf_counter()
-    with Progress("reading", at_least=4096) as progress:
-        state = read(model, tokenizer, tokens, state, progress=progress)
-    if verbose and len(state) > before:
-        _show_speed("prompt", len(state) - before, time.perf_counter() - start)
-    return state
+    model: Model
+    tokenizer: Any
+    verbose: bool
+    learning: float | None
+    notes: Notes | None
+
+    def prefill(self, tokens: list[int], state: TextState | None) -> TextState:
+        """Read the prompt after `state`, if any."""
+        from ..text.state import read
+
+        before, start = len(state) if state else 0, time.perf_counter()
+        with Progress("reading", at_least=4096) as progress:
+            state = read(self.model, self.tokenizer, tokens, state, progress=progress, learning=self.learning)
+        if len(state) > before:
+            self._show_speed("prompt", len(state) - before, start)
+        return state
+
+    def write(self, state: TextState, options: dict[str, Any]) -> bool:
+        """Stream a continuation of `state` to stdout, and update it; says whether Ctrl-C ended it."""
+        from ..text.generation import stream_generate
+
+        before, start, from_draft = len(state), time.perf_counter(), 0
+        options = options | {"observe": self.notes is not None, "learning": self.learning}
+        responses: Any = stream_generate(self.model, self.tokenizer, state=state, **options)
+        with Interrupt() as interrupt, contextlib.closing(responses):
+            for response in responses:
+                click.echo(response.text, nl=False)
+                from_draft += response.from_draft
+                if self.notes is not None:
+                    self.notes.add(response)
+                if interrupt.received:
+                    break
+        click.echo()
+        self._show_speed("generation", len(state) - before, start)
+        if self.verbose and "draft_model" in options:
+            click.echo(f"proposed by the draft model: {from_draft} of these tokens", err=True)
+        return interrupt.received
+
+    def write_samples(self, state: TextState, count: int, options: dict[str, Any]) -> bool:
+        """Stream several continuations of `state`, which stays as it is; says whether Ctrl-C ended one."""
+        for sample in range(1, count + 1):
+            if count > 1:
+                click.echo(f"--- {sample} of {count} ---")
+            if self.write(state.copy(), options):
+                return True
+        return False
+
+    def _show_speed(self, what: str, tokens: int, start: float) -> None:
+        """Show how fast so many tokens were, since the time `start` in seconds."""
+        if self.verbose:
+            speed = tokens / (time.perf_counter() - start)
+            click.echo(f"{what}: {tokens} tokens, {speed:.1f} tokens/s", err=True)
 
 
-def _draft(path: str, num_draft_tokens: int, model, tokenizer) -> dict:
-    """The draft model's part of the options, when it fits the model."""
-    import mlx_ttt
-    from mlx_ttt.generation import most_draft_tokens
+def _draft_model(path: str, num_draft_tokens: int, writer: _Writer) -> Model:
+    """Load the draft model, and check that it fits the model."""
+    from ..loading import load
+    from ..text.decoding import most_draft_tokens
 
-    draft_model, draft_tokenizer = mlx_ttt.load(path)
-    same_size = draft_model.args.vocab_size == model.args.vocab_size
-    if not same_size or draft_tokenizer.get_vocab() != tokenizer.get_vocab():
+    draft, tokenizer = load(path)
+    same_size = draft.args.vocab_size == writer.model.args.vocab_size
+    if not same_size or tokenizer.get_vocab() != writer.tokenizer.get_vocab():
         raise TTTError(f"--draft-model {path}: has another vocabulary than the model; both must have the same")
-    most = most_draft_tokens(model, draft_model)
+    most = most_draft_tokens(writer.model, draft)
     if num_draft_tokens > most:
         raise TTTError(f"--num-draft-tokens {num_draft_tokens}: these models can take back {most} at most")
-    return {"draft_model": draft_model, "num_draft_tokens": num_draft_tokens}
-
-
-def _write(model, tokenizer, state: TextState, options: dict, verbose: bool) -> bool:
-    """Stream a continuation to stdout; says whether Ctrl-C ended it."""
-    from ..generation import stream_generate
-
-    before, start, from_draft = len(state), time.perf_counter(), 0
-    responses = stream_generate(model, tokenizer, state=state, **options)
-    with Interrupt() as interrupt, contextlib.closing(responses):
-        for response in responses:
-            click.echo(response.text, nl=False)
-            from_draft += response.from_draft
-            if interrupt.received:
-                break
-    click.echo()
-    if verbose:
-        _show_speed("generation", len(state) - before, time.perf_counter() - start)
-        if "draft_model" in options:
-            click.echo(f"proposed by the draft model: {from_draft} of these tokens", err=True)
-    return interrupt.received
-
-
-def _show_speed(what: str, tokens: int, seconds: float) -> None:
-    click.echo(f"{what}: {tokens} tokens, {tokens / seconds:.1f} tokens/s", err=True)
+    return draft
 
 
 def _prompt(prompt: str | None, prompt_file: str | None, required: bool) -> str:
-    """The prompt as it is, byte for byte."""
+    """The text to continue, unchanged: line ends and spaces are part of it."""
     if prompt is not None and prompt_file is not None:
         raise TTTError("give --prompt or --prompt-file, not both")
-    if prompt_file is not None:
-        text = _decode(_bytes(Path(prompt_file)), f"--prompt-file {prompt_file}")
-    elif prompt == "-":
-        text = _decode(sys.stdin.buffer.read(), "--prompt -")
-    else:
-        text = _decode(os.fsencode(prompt or ""), "--prompt")  # as typed, whatever the locale
+    where = "--prompt"
+    try:
+        if prompt_file is not None:
+            where = f"--prompt-file {prompt_file}"
+            data = Path(prompt_file).read_bytes()
+        elif prompt == "-":
+            where = "--prompt -"
+            data = sys.stdin.buffer.read()
+        else:
+            data = os.fsencode(prompt or "")  # the bytes as typed, in any locale
+        text = data.decode("utf-8")
+    except OSError as error:
+        raise TTTError(f"{where}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise TTTError(f"{where}: not UTF-8 text") from None
     if required and not text:
         given = prompt is not None or prompt_file is not None
         raise TTTError("the prompt is empty" if given else "no prompt: give --prompt TEXT, --prompt - or --prompt-file")
     return text
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TTTError(f"--prompt-file {path}: {error.strerror}") from None
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise TTTError(f"{where}: not UTF-8 text") from None

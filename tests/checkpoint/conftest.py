@@ -1,4 +1,4 @@
-"""What several tests of this room need."""
+"""Fixtures for the tests of checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 @pytest.fixture
 def unreadable(monkeypatch) -> Callable[[Path], Path]:
-    """Takes away the permission to read a file or a folder, also from root, whom no file mode keeps out."""
+    """A function that makes a file or folder unreadable, also for root, who can read files of any mode."""
 
     def guard(module: object, function: str, denied: Callable[[str], bool]) -> None:
         original = getattr(module, function)

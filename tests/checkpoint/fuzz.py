@@ -25,7 +25,8 @@ import msgpack
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_ttt.checkpoint.convert import convert, inspect
+from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.checkpoint.inspection import inspect
 from mlx_ttt.errors import TTTError
 from mlx_ttt.model import Model, ModelArgs
 
@@ -135,7 +136,7 @@ def unpacked(value: bytes) -> object:
 
 
 def packed_record(record: object) -> bytes:
-    """A record of a stream from what `unpacked` gives, or anything else as it is."""
+    """A record of a stream, packed; the inverse of `unpacked` where the record is still a pair."""
 
     def flax(value: object) -> object:
         if isinstance(value, dict):
@@ -152,7 +153,7 @@ def packed_record(record: object) -> bytes:
 
 
 class Campaign:
-    """One kind of checkpoint, of which one file is damaged again and again."""
+    """One kind of checkpoint, of which one file is damaged many times."""
 
     def __init__(self, kind: str, folder: Path):
         self.folder, self.out = folder / "source", folder / "out"
@@ -163,12 +164,12 @@ class Campaign:
         self.original = self.file.read_bytes()
 
     def bin(self) -> tuple[Path, Callable, Callable]:
-        """Checksums guard every byte that matters."""
+        """The result is the weights: checksums protect every byte that matters."""
         file = write_torch(self.folder / "pytorch_model.bin", {n: tensor(a) for n, a in self.weights.items()})
         return file, mutate, lambda: self.weights
 
     def pickle(self) -> tuple[Path, Callable, Callable]:
-        """The pickle damaged and its checksum made right again: any result must consist of the stored numbers."""
+        """Damages the pickle and corrects its checksum. The result may be any that consists of the stored numbers."""
         file = self.bin()[0]
         code = zipfile.ZipFile(file).read("archive/data.pkl")
         storages = {f"data/{key}": array.tobytes() for key, array in enumerate(self.weights.values())}
@@ -179,13 +180,13 @@ class Campaign:
         return file, damage, lambda: None
 
     def safetensors(self) -> tuple[Path, Callable, Callable]:
-        """Nothing guards the numbers: what MLX itself reads from the damaged file is the correct result."""
+        """There are no checksums: the correct result is what MLX itself loads from the damaged file."""
         file = self.folder / "model.safetensors"
         mx.save_safetensors(str(file), {name: mx.array(array) for name, array in self.weights.items()})
         return file, mutate, lambda: {name: np.array(array) for name, array in mx.load(str(file)).items()}
 
     def header(self) -> tuple[Path, Callable, Callable]:
-        """The JSON header of safetensors damaged, its length right."""
+        """Damages the JSON header of safetensors, with its length corrected."""
         file, _, expected = self.safetensors()
 
         def damage(data: bytes, rng: random.Random) -> bytes:
@@ -207,7 +208,7 @@ class Campaign:
         return index, mutate_json, lambda: self.weights
 
     def stream(self) -> tuple[Path, Callable, Callable]:
-        """Nothing guards the numbers: what the msgpack package reads from the damaged file is the correct result."""
+        """There are no checksums: the correct result is what the msgpack package reads from the damaged file."""
         (self.folder / "config.json").unlink()
         official = {n: a.swapaxes(1, 2) if ".conv" in n and a.ndim == 3 else a for n, a in self.weights.items()}
         arrays = jax_arrays(official)
@@ -216,7 +217,7 @@ class Campaign:
         return file, mutate, lambda: official_arrays(read_stream(file.read_bytes()), self.weights)
 
     def records(self) -> tuple[Path, Callable, Callable]:
-        """Keys, shapes, dtypes and pieces damaged, and packed as MessagePack again."""
+        """Damages keys, shapes, dtypes and pieces, and packs them as MessagePack again."""
         file, _, expected = self.stream()
         original = [[key, unpacked(value)] for key, value in msgpack.Unpacker(file.open("rb"))]
 
@@ -232,7 +233,7 @@ class Campaign:
         return self.folder / "config.json", mutate_json, lambda: self.weights
 
     def attempt(self, data: bytes) -> bool:
-        """Whether these bytes, in place of the file, can be converted. Raises when the converter does not behave."""
+        """Convert the checkpoint with these bytes as its file; returns whether it was accepted."""
         self.file.write_bytes(data)
         try:
             inspect(self.folder)
@@ -274,7 +275,7 @@ def limit_memory() -> None:
 
 
 def main(seed: int, count: int, *kinds: str) -> None:
-    weights()  # what MLX and Python load on first use is not counted
+    weights()  # not counted: what MLX and Python load on first use
     limit_memory()
     for kind in kinds or KINDS:
         rng, converted = random.Random(f"{kind} {seed}"), 0

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: as much of its HTTP interface as downloads and uploads of models need."""
+"""A small Hugging Face Hub for tests: the part of its HTTP interface that downloads and uploads of models use."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = self.files(repo, revision)
         if files is None:
             return
-        if repo in self.hub.gated:  # which says what files there are, all the same
+        if repo in self.hub.gated:  # the list of its files is public all the same
             return self.answer(403, {"error": "Access is restricted"}, X_Error_Code="GatedRepo")
         if path not in files:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")

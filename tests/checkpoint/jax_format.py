@@ -10,7 +10,7 @@ from pathlib import Path
 import msgpack
 import numpy as np
 
-# Official PyTorch name; JAX key, its parts apart by blanks; how the axes of the one become those of the other.
+# Official PyTorch name; JAX key, its parts separated by spaces; how the axes are reordered.
 _NAMES = {
     name: (key, axes)
     for name, key, axes in (
@@ -58,12 +58,12 @@ def jax_key(name: str) -> tuple[Key, str]:
 
 
 def jax_arrays(weights: Mapping[str, np.ndarray]) -> dict[Key, np.ndarray]:
-    """Official PyTorch weights as the JAX implementation has them."""
+    """Official PyTorch weights with the JAX implementation's keys and order of axes."""
     return {key: np.einsum(axes, array) for name, array in weights.items() for key, axes in (jax_key(name),)}
 
 
 def train_state(parameters: Mapping[Key, object]) -> dict[Key, object]:
-    """A train state: the parameters among a step count and Adam's moments, which are not to be taken for them."""
+    """A training state: the parameters, and a step count and Adam's moments, which must not be mistaken for them."""
     moments = {
         ("opt_state", "1", "0", moment, "params", *key): np.full(3, 7.0, np.float32)
         for moment in ("mu", "nu")

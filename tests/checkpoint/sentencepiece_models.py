@@ -41,7 +41,7 @@ EXACT = {
     "pad and control symbols": LLAMA_2 | {"pad_id": 3, "control_symbols": ["<sep>", "<|x|>"]},
     "no bos": LLAMA_2 | {"bos_id": -1},
 }
-# Models for which it may not, with the word that the warning must contain (None: only decoding differs).
+# Models whose tokenizer.json may give other ids, and a word of the warning (None: only decoding differs).
 APPROXIMATE = {
     "long symbols, prefix": (LLAMA_2 | {"user_defined_symbols": SYMBOLS}, "user-defined"),
     "single spaces": (LLAMA_2 | {"remove_extra_whitespaces": True}, None),
@@ -55,7 +55,7 @@ APPROXIMATE = {
 
 @functools.cache
 def corpus() -> tuple[str, ...]:
-    """Prose, code with indentation, numbers, other scripts and long runs; nobody's text."""
+    """Invented text: prose, code with indentation, numbers, other scripts and long runs."""
     choice = random.Random(0)
     syllables = ["the", "an", "in", "er", "s", "to", "ra", "mi", "lo", "ing", "qu", "ha", "be", "o", "st", "ck", "é"]
     words = ["".join(choice.choices(syllables, k=choice.randint(1, 4))) for _ in range(400)]
@@ -110,14 +110,14 @@ class Converted:
         return [name.replace("▁", " ") for name in names]
 
     def differs(self, text: str) -> bool:
-        """Whether ids or decoded text are not SentencePiece's own."""
+        """Whether ids or decoded text differ from SentencePiece's."""
         ids = self.reference.encode(text)
         same = self.wrapper.encode(text, add_special_tokens=False) == ids
         return not (same and self.wrapper.decode(ids, skip_special_tokens=True) == self.reference.decode(ids))
 
 
 def convert(model: bytes | Path) -> Converted:
-    """Convert a model as a checkpoint's, and load it as plain mlx-lm does."""
+    """Convert a model as if it came with a checkpoint, and load it as mlx-lm does."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder, "source"), Path(folder, "out")
         source.mkdir()
@@ -141,7 +141,7 @@ def approximate(name: str) -> Converted:
 
 
 def texts(pieces: list[str]) -> st.SearchStrategy[str]:
-    """Any Unicode text, mixed with the vocabulary's own pieces, runs, and what looks like reserved pieces."""
+    """Any Unicode text, mixed with pieces of the vocabulary, runs, and the names of reserved pieces."""
     anything = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     runs = st.builds(
         lambda mark, count: mark * count, st.sampled_from([" ", "\n", "\t", "▁", "=", "ha", "0"]), st.integers(1, 40)
@@ -151,5 +151,5 @@ def texts(pieces: list[str]) -> st.SearchStrategy[str]:
 
 
 def fuzz(examples: int):
-    """Settings of a property-based test on that many examples."""
+    """Settings for a property-based test with so many examples."""
     return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))

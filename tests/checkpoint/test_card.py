@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 from huggingface_hub import ModelCard
 
+import mlx_ttt
 from mlx_ttt.checkpoint.convert import convert
 from mlx_ttt.checkpoint.quantization import Scheme
 
@@ -40,6 +41,7 @@ def test_what_it_is(card):
     text, bits = card(dtype=mx.float16)
     assert "A TTT-Linear language model of 0.1" in text and "hidden size 64, 2 heads of 32" in text
     assert f"**Converted from** `{CHECKPOINT}` (safetensors" in text
+    assert f"with `mlx_ttt` {mlx_ttt.__version__}. " in text
     assert "**Precision**: float16" in text and f" MB, {bits:.2f} bits per weight" in text
     assert "\n".join(re.findall("/.*", text)).count("/tmp") == 0  # no paths of this machine
 
@@ -60,7 +62,7 @@ def test_hashes_of_every_file_of_weights(card, golden_dir):
 
 
 def test_names_that_are_no_markdown(card):
-    """One line whatever the folder's name has in it."""
+    """The title stays one line, whatever characters the folder's name has."""
     text, _ = card('a\n---\n"b')
     assert text.count("\n---\n") == 1
     assert text.splitlines()[5] == '# a\\n---\\n"b'

@@ -30,29 +30,29 @@ GOOD = {
 
 
 @pytest.fixture
-def read(tmp_path):
-    def read(config):
+def parsed(tmp_path):
+    def parsed(config):
         path = tmp_path / "config.json"
         path.write_text(config if isinstance(config, str) else json.dumps(config))
         return read_config(path)
 
-    return read
+    return parsed
 
 
-def test_defaults_are_the_official_ones(read):
-    _, args = read(GOOD)
+def test_defaults_are_the_official_ones(parsed):
+    args = parsed(GOOD).args
     assert (args.mini_batch_size, args.conv_kernel, args.rope_theta, args.rms_norm_eps) == (16, 4, 10000.0, 1e-6)
     assert args.tie_word_embeddings and not (args.pre_conv or args.share_qk or args.use_gate)
 
 
-def test_without_model_type(read):
-    _, args = read({name: value for name, value in GOOD.items() if name not in ("model_type", "architectures")})
+def test_without_model_type(parsed):
+    args = parsed({name: value for name, value in GOOD.items() if name not in ("model_type", "architectures")}).args
     assert args.hidden_size == 64
 
 
 def test_every_golden_config(golden_dir):
     for path in golden_dir.glob("*/config.json"):
-        assert read_config(path)[1].model_type == "ttt"
+        assert read_config(path).args.model_type == "ttt"
 
 
 @pytest.mark.parametrize(
@@ -90,33 +90,33 @@ def test_every_golden_config(golden_dir):
         ({"tie_word_embeddings": 1}, "tie_word_embeddings"),
     ],
 )
-def test_bad_field(read, change, message):
+def test_bad_field(parsed, change, message):
     with pytest.raises(CheckpointError, match=message) as error:
-        read(GOOD | change)
+        parsed(GOOD | change)
     assert "config.json" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("depth", [10, 300, 900, 950, 980, 10**5])
-def test_deep_value(read, depth):
+def test_deep_value(parsed, depth):
     with pytest.raises(CheckpointError, match=r"hidden_act|not valid JSON"):
-        read(json.dumps(GOOD)[:-1] + ', "hidden_act": ' + "[" * depth + "]" * depth + "}")
+        parsed(json.dumps(GOOD)[:-1] + ', "hidden_act": ' + "[" * depth + "]" * depth + "}")
 
 
 @pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
-def test_missing_field(read, name):
+def test_missing_field(parsed, name):
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
-        read({key: value for key, value in GOOD.items() if key != name})
+        parsed({key: value for key, value in GOOD.items() if key != name})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\0", '{"hidden_size": 1, "hidden_size": 2}', "9" * 10**6])
-def test_no_config(read, text):
+def test_no_config(parsed, text):
     with pytest.raises(CheckpointError, match=r"not valid JSON|not an object"):
-        read(text)
+        parsed(text)
 
 
-def test_too_long(read):
+def test_too_long(parsed):
     with pytest.raises(CheckpointError, match="more than a checkpoint has"):
-        read('{"a": "' + "x" * (17 << 20) + '"}')
+        parsed('{"a": "' + "x" * (17 << 20) + '"}')
 
 
 def test_find(tmp_path):
@@ -128,8 +128,8 @@ def test_find(tmp_path):
     assert find_config(tmp_path, tmp_path / "mine.json") == tmp_path / "mine.json"
 
 
-def test_written_config(read):
-    """Complete, honest about the dtype, and without what could make another tool run code from the folder."""
+def test_written_config(parsed):
+    """It has every field and the true dtype, and none that could make another tool run code from the folder."""
     given = GOOD | {
         "torch_dtype": "float32",
         "dtype": "float32",
@@ -137,15 +137,15 @@ def test_written_config(read):
         "auto_map": {"AutoModel": "evil.py"},
         "model_file": "evil.py",
     }
-    written = written_config(*read(given), "bfloat16")
+    written = written_config(parsed(given), "bfloat16")
     assert written["torch_dtype"] == "bfloat16" and "dtype" not in written
     assert written["eos_token_id"] == 2 and written["rope_theta"] == 10000.0 and written["hidden_size"] == 64
     assert "auto_map" not in written and written["model_file"] == "ttt.py"
-    assert read(written)[1] == read(given)[1]
+    assert parsed(written).args == parsed(given).args
 
 
 class TestWhereTheConfigComesFrom:
-    """`config_of`: the file that is given, the one beside the weights, or the tensors themselves."""
+    """`config_of`: the given file, the one beside the weights, or what the tensors tell."""
 
     @pytest.fixture
     def stream(self, tmp_path):

@@ -1,4 +1,4 @@
-"""Checkpoints into model directories: every layout, every dtype, every thing that can be wrong with one."""
+"""Converting checkpoints: every layout, every dtype, every kind of damage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 
 from mlx_ttt.checkpoint import convert as convert_module
 from mlx_ttt.checkpoint.config import read_config
-from mlx_ttt.checkpoint.convert import convert, inspect
+from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.checkpoint.inspection import inspect
 from mlx_ttt.checkpoint.parameters import Parameters
 from mlx_ttt.checkpoint.safetensors import read_safetensors
 from mlx_ttt.checkpoint.tensor import Tensor
@@ -160,7 +161,7 @@ def test_every_configuration(source, out, inner, flags):
 
 
 def test_converted_again(source, out, tmp_path):
-    """A model directory is a checkpoint too, with its convolutions already in MLX's layout."""
+    """A model directory can be converted too: its convolutions are already in MLX's layout."""
     weights = official()
     convert(save(source, weights), out)
     convert(out, tmp_path / "again", dtype=mx.float16)
@@ -200,7 +201,7 @@ def test_shards(source, out, monkeypatch):
     assert {file.name for file in out.iterdir()} == others | {shard.name for shard in shards}
     assert_same_weights(out, weights)
     load_model(out)
-    convert(source, out, overwrite=True)  # so many files are a model directory still
+    convert(source, out, overwrite=True)  # shards and an index are recognized as a model directory
 
 
 def test_progress(source, out):
@@ -267,7 +268,7 @@ def test_generation_config(source, out):
     ],
 )
 def test_damaged_generation_config(source, out, damage):
-    """Most models have none: no reason not to convert the rest."""
+    """The file is left out, and the rest is converted."""
     file = save(source, official()) / "generation_config.json"
     damage(file)
     report = convert(source, out)
@@ -362,7 +363,7 @@ def test_tensors_and_config_that_do_not_fit(source, out, change, config, message
 
 
 def test_tensor_larger_than_memory(source, out):
-    """An expanded view can claim any size; nobody makes an array of it."""
+    """An expanded view can have any size; it must be refused before it becomes an array."""
     view = View(Storage("FloatStorage", 1, [bytes(4)]), (2**31 - 1,) * 4, (0,) * 4)
     save(source, official() | {GATE: view})
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape"):
@@ -435,7 +436,7 @@ def test_out_is_the_source(source, place):
 
 
 class TestOutHoldsWhatIsRead:
-    """A model directory that could be overwritten, if it were not for what is read from it."""
+    """A model directory is not overwritten if something is read from it."""
 
     def refused(self, out: Path, *arguments, **options) -> None:
         before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
@@ -458,7 +459,7 @@ class TestOutHoldsWhatIsRead:
         self.refused(old, old, old.with_name("link"))
 
     def test_the_file_that_a_link_leads_to(self, old, tmp_path):
-        """As in the Hub's cache, where a snapshot's files are links to blobs."""
+        """In the Hub's cache a snapshot's files are links to blobs."""
         snapshot = tmp_path / "snapshot"
         snapshot.mkdir()
         (snapshot / "config.json").write_text(json.dumps(CONFIG))
@@ -521,7 +522,7 @@ def test_disk_full(source, out, monkeypatch):
 
 
 def test_disk_with_little_to_spare(source, out, monkeypatch, shakespeare_dir):
-    """Enough for what is written is enough; the tokenizer alone needs more than its own size."""
+    """The free space must hold what is written; a tokenizer needs several times its own size."""
     weights = official(replace(ARGS, vocab_size=2048))
     save(source, weights, CONFIG | {"vocab_size": 2048})
     needed = sum(array.nbytes for array in weights.values()) + 2**20
@@ -578,13 +579,13 @@ class TestInspect:
 
 @pytest.mark.parametrize("name", ["linear-mamba", "mlp-transformer"])
 def test_a_model_directory_has_no_problems(golden_dir, out, name):
-    """Though its convolutions lie otherwise than the official ones; but one that is damaged has."""
+    """Its convolutions have another layout than the official ones. But a wrong shape is a problem."""
     convert(golden_dir / name, out)
-    _, args = read_config(out / "config.json")
+    args = read_config(out / "config.json").args
     tensors = read_safetensors(out / "model.safetensors")
     assert Parameters(args).problems(tensors) == []
     for changed in tensors:
-        wrong = Tensor((*tensors[changed].shape[:-1], 7), mx.float32, tensors[changed].read)
+        wrong = Tensor((*tensors[changed].shape[:-1], 7), mx.float32, tensors[changed].load)
         assert any(changed in problem for problem in Parameters(args).problems(tensors | {changed: wrong}))
 
 

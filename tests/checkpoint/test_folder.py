@@ -78,7 +78,7 @@ def test_overwrite_keeps_the_old_on_failure(old):
 
 @pytest.fixture
 def renaming(monkeypatch) -> Callable[..., None]:
-    """Lets the n-th renaming, and those after it, end in an exception, before or after it was done."""
+    """A function that makes the n-th renaming and all after it raise an exception, before or after they are done."""
 
     def fail(*numbers: int, error: BaseException, done: bool = False) -> None:
         rename, calls = Path.rename, itertools.count(1)
@@ -124,7 +124,7 @@ def test_overwrite_interrupted_when_the_new_is_in_place(old, renaming):
 
 
 def test_overwrite_interrupted_again_and_again(old, renaming):
-    """Out of place, if someone insists, but never deleted."""
+    """What was there may be left under another name, but is never deleted."""
     renaming(2, 3, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         replace(old)

@@ -20,11 +20,12 @@ def run(timeout: int, *arguments: object) -> None:
     assert len(result.stdout.splitlines()) == (1 if len(arguments) > 2 else len(KINDS))
 
 
-def test_damaged_checkpoints():
-    run(120, 0, 160)
-
-
 @pytest.mark.slow
+def test_damaged_checkpoints():
+    run(120, 0, 30)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_damaged_checkpoints(kind):
     run(600, 1, 4000, kind)

@@ -1,4 +1,4 @@
-"""Models from and to the Hub, over real connections to a server that speaks its protocol."""
+"""Downloads and uploads, over real connections to a server with the Hub's protocol."""
 
 from __future__ import annotations
 
@@ -73,8 +73,9 @@ def assert_one_line(result, message: str) -> None:
     assert re.search(message, result.stderr), result.stderr
 
 
+@pytest.mark.slow
 def test_from_one_repository_to_another(files, tmp_path):
-    """As a person has it: programs of their own, and the environment says which Hub."""
+    """In processes of their own, with the Hub named by the environment."""
     with Hub() as hub:
         commit = hub.add(REPO, files)
         environment = os.environ | {
@@ -111,7 +112,7 @@ class TestDownload:
         assert not hub.requests
 
     def test_only_what_is_needed(self, hub):
-        """One format of weights, the best one, and nothing that could hide code."""
+        """Only the preferred format of the weights is downloaded, and nothing that may contain code."""
         wanted = {"config.json", "tokenizer.model", "generation_config.json", "chat_template.jinja"}
         unwanted = {"README.md", "modeling_ttt.py", "metadata.pkl", "dataset.pkl", "optimizer.bin", "logs/config.json"}
         weights = {
@@ -128,7 +129,7 @@ class TestDownload:
             assert {path.name for path in located.path.iterdir()} == hub.downloaded()
 
     def test_shards(self, hub):
-        """Those that the index names."""
+        """Only the shards that the index names are downloaded."""
         index = b'{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'
         names = ("model-1.safetensors", "model-2.safetensors", "model-3.safetensors", "pytorch_model.bin", "x.bin")
         hub.add(REPO, dict.fromkeys(names, b"") | {"model.safetensors.index.json": index})
@@ -174,14 +175,14 @@ class TestDownload:
 
 class TestUse:
     def test_load(self, hub):
-        """A model directory on the Hub, by its name."""
+        """A model directory on the Hub is loaded by its name."""
         hub.add(REPO, contents(mlx_ttt.bundled_model()))
         written = run("generate", "--model", REPO, "-p", "ROMEO:", "-m", 8).stdout
         assert written == mlx_ttt.generate(*mlx_ttt.load(REPO, "main"), "ROMEO:", max_tokens=8) + "\n"
         assert hub.downloaded() == {file.name for file in mlx_ttt.bundled_model().iterdir()} - {"README.md", "ttt.py"}
 
     def test_official_stream(self, hub, golden_dir, tmp_path):
-        """A repository as the method's authors have them: no config, no tokenizer, and pickles that nobody opens."""
+        """The authors' repositories have no config and no tokenizer; their pickles are not downloaded."""
         stream = (golden_dir / "jax-linear-mamba" / "streaming_train_state").read_bytes()
         hub.add(REPO, {"streaming_train_state": stream, "metadata.pkl": b"", "dataset.pkl": b"", ".gitattributes": b""})
         convert(REPO, tmp_path / "out")
@@ -197,7 +198,7 @@ class TestUse:
 
 
 class TestErrors:
-    """One line each, and nothing at OUT."""
+    """Every error is one line, and nothing appears at OUT."""
 
     @pytest.fixture
     def refused(self, tmp_path):
@@ -254,7 +255,7 @@ class TestErrors:
             refused(f"{name}: ", small, "--upload-repo", name)
 
     def test_upload_refused(self, hub, small, tmp_path, monkeypatch):
-        """By then the model is there, and stays."""
+        """The converted model is kept."""
         monkeypatch.setenv("HF_TOKEN", READER)
         result = run("convert", "mlx", small, tmp_path / "out", "--upload-repo", "me/model")
         assert result.exit_code == 2

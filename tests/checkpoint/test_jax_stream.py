@@ -14,7 +14,8 @@ import msgpack
 import numpy as np
 import pytest
 
-from mlx_ttt.checkpoint.convert import convert, inspect
+from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.checkpoint.inspection import inspect
 from mlx_ttt.checkpoint.source import open_source
 from mlx_ttt.errors import CheckpointError
 from mlx_ttt.model import ModelArgs
@@ -42,7 +43,7 @@ def key_of(name: str) -> tuple[str, ...]:
 
 
 def refused(source: Path, out: Path, message: str) -> None:
-    """One line, and nothing left behind."""
+    """Check that the error is one line and that no files are left."""
     with pytest.raises(CheckpointError, match=message) as error:
         convert(source, out)
     assert str(error.value).isprintable() and len(str(error.value)) < 600
@@ -56,7 +57,7 @@ class TestWhatIsRead:
         known = configuration(inner, flags)
         args = replace(
             known,
-            conv_kernel=known.conv_kernel if flags & 3 else 4,  # of no convolution
+            conv_kernel=known.conv_kernel if flags & 3 else 4,  # there is no convolution
             ttt_base_lr={"linear": 1.0, "mlp": 0.1}[inner],
         )
         weights = official(args)
@@ -246,7 +247,7 @@ class TestWhatIsRefused:
         refused(save(source, parameters()), out, "more than 30 records")
 
     def test_every_truncation(self, source, out):
-        """At the end of a record it is a stream with a parameter missing, anywhere else it is damaged."""
+        """A stream cut between two records lacks a parameter; cut anywhere else it is damaged."""
         save(source, parameters())
         file = source / "streaming_params"
         data = file.read_bytes()
@@ -286,7 +287,7 @@ class TestWhatIsRefused:
         refused(source, out, "step is not the name of a TTT model's parameter, nor are 1 other names")
 
     def test_two_streams(self, source, out):
-        """Nobody knows whether they are of one step."""
+        """They may come from different training steps."""
         save(source, parameters())
         save(source, train_state(parameters()), "streaming_train_state")
         refused(source, out, r"2 weights files \(streaming_params, streaming_train_state\); name the one to read")

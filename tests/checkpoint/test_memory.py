@@ -1,4 +1,4 @@
-"""Converting needs the memory of a tensor or two, not of a checkpoint. The full measure is benchmarks/convert_1b.py."""
+"""Converting needs memory for one or two tensors, whatever the checkpoint's size. See also benchmarks/convert_1b.py."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_ttt.checkpoint.convert import convert
 from mlx_ttt.checkpoint.quantization import Scheme
-from mlx_ttt.checkpoint.tokenizer import write_tokenizer  # what it loads is not counted
+from mlx_ttt.checkpoint.tokenizer import write_tokenizer  # not counted: what it imports
 
 def peak():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
@@ -74,7 +74,7 @@ def test_one_tensor_at_a_time(tmp_path, kind):
 
 @pytest.mark.skipif(not STATUS.exists(), reason="resident memory is read from /proc")
 def test_a_train_state_is_passed_over(tmp_path):
-    """The pages that say where its values end do not stay."""
+    """The pages that are read to find the end of each value are given back."""
 
     def resident() -> int:
         return next(int(line.split()[1]) * 1024 for line in STATUS.read_text().splitlines() if "RssFile" in line)

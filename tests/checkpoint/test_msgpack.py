@@ -34,13 +34,13 @@ def contents(reader: Reader) -> bytes:
     return bytes(reader.file.view(reader.position, reader.end - reader.position))
 
 
-def read(reader: Reader) -> object:
-    """Any value, by the kind that the reader says comes next."""
+def decoded(reader: Reader) -> object:
+    """The next value, of whatever kind the reader finds."""
     match reader.kind():
         case "array":
-            return [read(reader) for _ in range(reader.array())]
+            return [decoded(reader) for _ in range(reader.array())]
         case "map":
-            return {reader.text(): read(reader) for _ in range(reader.map())}
+            return {reader.text(): decoded(reader) for _ in range(reader.map())}
         case "extension":
             return msgpack.ExtType(7, contents(reader.extension(7)))
         case "binary":
@@ -64,11 +64,11 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(values=st.lists(VALUES, min_size=1, max_size=3))
 def test_any_values_one_after_another(reader_of, values):
     reader = reader_of(b"".join(map(msgpack.packb, values)))
-    assert [read(reader) for _ in values] == values
+    assert [decoded(reader) for _ in values] == values
     assert reader.kind() == "nothing"
     reader.finish()
 
@@ -76,8 +76,8 @@ def test_any_values_one_after_another(reader_of, values):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_every_size_of_head(reader_of, length):
     data = bytes(i % 251 for i in range(length))
-    assert read(reader_of(msgpack.packb(data))) == data
-    assert read(reader_of(msgpack.packb(msgpack.ExtType(7, data)))) == msgpack.ExtType(7, data)
+    assert decoded(reader_of(msgpack.packb(data))) == data
+    assert decoded(reader_of(msgpack.packb(msgpack.ExtType(7, data)))) == msgpack.ExtType(7, data)
     assert reader_of(msgpack.packb([True] * length)).array() == length
     assert reader_of(msgpack.packb(dict.fromkeys(map(str, range(length)), 0))).map() == length
     for number in (length, 256 * length, 2**16 * length, 2**32 * length):
@@ -85,7 +85,7 @@ def test_every_size_of_head(reader_of, length):
 
 
 def expected_kind(first: int) -> str | None:
-    """What a value with this first byte is by the package; None if it is something that no checkpoint has."""
+    """The kind that the msgpack package finds for a first byte; None for kinds that no checkpoint has."""
     unpacker = msgpack.Unpacker(strict_map_key=False)
     unpacker.feed(bytes([first]) + bytes(80))
     try:
@@ -99,7 +99,7 @@ def expected_kind(first: int) -> str | None:
 
 
 def test_every_first_byte(reader_of):
-    """Exactly one method takes it, or none."""
+    """Exactly one method accepts it; none does if no checkpoint has such a value."""
     for first in range(256):
         reader = reader_of(bytes([first]) + bytes(80))
         taken = []
@@ -115,18 +115,18 @@ def test_every_first_byte(reader_of):
 
 @pytest.mark.parametrize("value", [[1, 2], "name", b"bytes", 300, 2**40, msgpack.ExtType(7, b"abcde"), {"a": True}])
 def test_value_that_does_not_end(reader_of, value):
-    """Neither at the end of the file nor at the end of what it is in."""
+    """It reaches beyond the end of the file, or of the value that contains it."""
     data = msgpack.packb(value)
     for end in range(len(data)):
         for reader in (reader_of(data, end), *([reader_of(data[:end])] if end else [])):
             with pytest.raises(CheckpointError, match=r"does not end before|was expected at byte \d+, not nothing"):
-                read(reader)
+                decoded(reader)
 
 
 def test_absurd_sizes_cost_nothing(reader_of):
     for head in (b"\xc6", b"\xc9", b"\xdb"):
         with pytest.raises(CheckpointError, match=r"does not end before|4,294,967,295 bytes"):
-            read(reader_of(head + b"\xff" * 4 + b"\x07abc"))
+            decoded(reader_of(head + b"\xff" * 4 + b"\x07abc"))
     assert reader_of(b"\xdd" + b"\xff" * 4).array() == reader_of(b"\xdf" + b"\xff" * 4).map() == 2**32 - 1
 
 

@@ -20,7 +20,8 @@ from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from mlx_ttt.checkpoint import convert as convert_module
-from mlx_ttt.checkpoint.convert import convert, inspect
+from mlx_ttt.checkpoint.convert import convert
+from mlx_ttt.checkpoint.inspection import inspect
 from mlx_ttt.checkpoint.parameters import Parameters
 from mlx_ttt.checkpoint.quantization import Quantization, Scheme
 from mlx_ttt.checkpoint.tensor import dtype_name
@@ -29,7 +30,7 @@ from mlx_ttt.errors import CheckpointError, QuantizationError
 from mlx_ttt.loading import load_model
 from mlx_ttt.model import Model
 
-from ..test_model import BOUND, in_calls, largest_error
+from ..models import BOUND, in_calls, largest_error
 from .test_convert import ARGS as TINY
 from .test_convert import GATE, loaded, official, save
 
@@ -65,7 +66,7 @@ def mlx_lm_load(path: Path) -> tuple[Model, dict]:
 
 
 def in_mlx_lm(source: Path, tmp_path: Path, dtype: mx.Dtype, scheme: Scheme, **options) -> tuple[dict, dict]:
-    """The weights and the config that mlx-lm's own quantization gives for the checkpoint in floating point."""
+    """The weights and the config that mlx-lm's own quantization makes of the unquantized checkpoint."""
     convert(source, tmp_path / "float", dtype=dtype)
     model, config = mlx_lm_load(tmp_path / "float")
     with mx.stream(mx.cpu):
@@ -107,7 +108,7 @@ def test_recipes_of_mlx_lm(source, out, tmp_path, recipe):
 
 
 def test_what_is_quantized(quantized, source):
-    """Projections and embeddings, by name; all the rest is as it was."""
+    """Projections and embeddings are quantized; everything else is unchanged."""
     arrays = loaded(quantized)
     names = official(ARGS).keys()
     matrices = {name.removesuffix(".scales") for name in arrays if name.endswith(".scales")}
@@ -139,7 +140,7 @@ def unpack(packed: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int
     ids=str,
 )
 def test_logits(source, out, scheme, dtype):
-    """Of the loaded model, ours and mlx-lm's, against those of a model with the matrices that it stands for."""
+    """The quantized model, loaded by us and by mlx-lm, against a model with the dequantized matrices."""
     convert(source, out, quantize=scheme, dtype=dtype)
     arrays = {name: a.astype(mx.float32) if a.dtype != mx.uint32 else a for name, a in loaded(out).items()}
     weights = {}
@@ -160,7 +161,7 @@ def test_logits(source, out, scheme, dtype):
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_logits_of_other_modes(source, tmp_path, mode):
-    """Against those of the dequantized directory: bfloat16 holds all their values."""
+    """Against the dequantized directory, whose bfloat16 holds all values of these modes exactly."""
     convert(source, tmp_path / "quantized", dtype=mx.float16, quantize=Scheme(mode=mode))
     convert(tmp_path / "quantized", tmp_path / "float", dequantize=True, dtype=mx.float32)
     quantized, dequantized = (load_model(tmp_path / name)[0] for name in ("quantized", "float"))
@@ -168,7 +169,7 @@ def test_logits_of_other_modes(source, tmp_path, mode):
 
 
 def test_every_shard_holds_what_it_says(source, out, tmp_path, monkeypatch):
-    """Also where the parts of a matrix fall into different files."""
+    """The parts of a matrix may lie in different files."""
     convert(source, tmp_path / "whole", quantize=Scheme(32, 4))
     monkeypatch.setattr(convert_module, "LARGEST_SHARD", 3000)
     convert(source, out, quantize=Scheme(32, 4))
@@ -177,16 +178,16 @@ def test_every_shard_holds_what_it_says(source, out, tmp_path, monkeypatch):
     load_model(out)
 
 
-def test_a_matrix_is_read_once(source, out, monkeypatch):
-    reads = []
+def test_a_matrix_is_loaded_once(source, out, monkeypatch):
+    loads = []
     as_parameter = Parameters.as_parameter
 
     def counted(self, name, tensor, *args):
-        return as_parameter(self, name, replace(tensor, read=lambda: reads.append(name) or tensor.read()), *args)
+        return as_parameter(self, name, replace(tensor, load=lambda: loads.append(name) or tensor.load()), *args)
 
     monkeypatch.setattr(Parameters, "as_parameter", counted)
     convert(source, out, quantize=Scheme(32, 4))
-    assert sorted(reads) == sorted(official(ARGS))
+    assert sorted(loads) == sorted(official(ARGS))
 
 
 def test_report_and_inspection(source, quantized, tmp_path):
@@ -244,7 +245,7 @@ class TestAgain:
 
     @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
     def test_dequantized_to_what_it_was(self, source, tmp_path, dtype):
-        """Though MLX dequantizes this mode to bfloat16."""
+        """The dtype from before quantization is kept, though MLX dequantizes this mode to bfloat16."""
         convert(source, tmp_path / "quantized", dtype=dtype, quantize=Scheme(mode="mxfp4"))
         report = convert(tmp_path / "quantized", tmp_path / "float", dequantize=True)
         assert report.bytes_by_dtype.keys() == {dtype_name(dtype), "float32"}
@@ -258,7 +259,7 @@ class TestAgain:
         assert [w for w in report.warnings if "quantized before (8 bits in groups of 32, affine)" in w]
 
     def test_what_mlx_lm_wrote(self, source, out, tmp_path):
-        """A directory of mlx-lm's with a recipe in it is a checkpoint, too."""
+        """A directory that mlx-lm quantized by a recipe can be dequantized."""
         predicate = mixed_quant_predicate_builder("mixed_2_6", Model(ARGS), 32)
         convert(source, tmp_path / "float")
         model, config = mlx_lm_load(tmp_path / "float")
@@ -334,7 +335,7 @@ def test_not_a_number(source, tmp_path, out):
 
 
 class TestDamage:
-    """What loading, converting and inspecting say of a quantized directory that is not what its config says."""
+    """Loading, converting and inspecting refuse a quantized directory that does not match its config."""
 
     @pytest.fixture
     def damage(self, quantized):
@@ -440,7 +441,7 @@ class TestCommandLine:
         ],
     )
     def test_defaults(self, source, out, options, entry):
-        """Those of mlx-lm: any of these options asks for quantization."""
+        """They are mlx-lm's: any one of these options asks for quantization."""
         result = self.run("mlx", source, out, *itertools.chain(*options.items()))
         assert result.exit_code == 0
         written = json.loads((out / "config.json").read_text())["quantization"]
@@ -467,7 +468,7 @@ class TestCommandLine:
         assert not out.exists()
 
     def test_choices(self):
-        """What `--help` lists without importing MLX is what there is."""
+        """The choices that `--help` lists, without importing MLX, are those of MLX and mlx-lm."""
         options = {option.name: option.type for option in main.commands["convert"].commands["mlx"].params}
         assert list(options["recipe"].choices) == list(QUANT_RECIPES)
         for mode in options["mode"].choices:

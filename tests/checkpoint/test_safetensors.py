@@ -41,7 +41,7 @@ def test_read(file):
     for name, array in expected.items():
         assert tensors[name].shape == array.shape and tensors[name].dtype == array.dtype
         assert tensors[name].nbytes == array.nbytes
-    assert_same({name: tensor.read() for name, tensor in tensors.items()}, expected)
+    assert_same({name: tensor.load() for name, tensor in tensors.items()}, expected)
 
 
 def test_float64(file):
@@ -51,7 +51,7 @@ def test_float64(file):
     with mx.stream(mx.cpu):
         tensor = read_safetensors(file)["x"]
         assert tensor.dtype == mx.float64
-        np.testing.assert_array_equal(np.array(tensor.read()), values)
+        np.testing.assert_array_equal(np.array(tensor.load()), values)
 
 
 def test_write(file):
@@ -63,7 +63,7 @@ def test_write(file):
     assert_same(found, expected)
     assert metadata == {"format": "mlx"}
     assert written == [(name, array.nbytes) for name, array in expected.items()]
-    assert_same({name: tensor.read() for name, tensor in read_safetensors(file).items()}, expected)
+    assert_same({name: tensor.load() for name, tensor in read_safetensors(file).items()}, expected)
 
 
 @pytest.mark.parametrize("length", range(1, 9))
@@ -83,11 +83,11 @@ def test_write_reads_one_tensor_at_a_time(file):
     events = []
 
     def tensor(name):
-        def read():
+        def load():
             events.append(f"read {name}")
             return mx.zeros((2,))
 
-        return Tensor((2,), mx.float32, read)
+        return Tensor((2,), mx.float32, load)
 
     write_safetensors(file, {n: tensor(n) for n in "ab"}, {}, lambda name, _: events.append(f"wrote {name}"))
     assert events == ["read a", "wrote a", "read b", "wrote b"]

@@ -33,7 +33,7 @@ def weights() -> dict[str, np.ndarray]:
 def assert_holds(source, weights):
     assert source.tensors.keys() == weights.keys()
     for name, array in weights.items():
-        np.testing.assert_array_equal(np.array(source.tensors[name].read()), array)
+        np.testing.assert_array_equal(np.array(source.tensors[name].load()), array)
 
 
 def save_torch(path, weights):

@@ -7,6 +7,7 @@ import pickletools
 import struct
 import tracemalloc
 
+import mlx.core as mx
 import pytest
 
 from mlx_ttt.checkpoint import torch_pickle
@@ -17,7 +18,7 @@ from mlx_ttt.errors import CheckpointError
 from .torch_format import Raw, write_torch
 
 
-def read(code: bytes, protocol: int = 2):
+def unpickled(code: bytes, protocol: int = 2):
     return read_pickle(b"\x80" + bytes([protocol]) + code, "weights.bin", lambda *parts: parts)
 
 
@@ -27,13 +28,13 @@ def short(text: str) -> bytes:
 
 @pytest.fixture
 def sentinel(tmp_path):
-    """A file that hostile code would create: after the test it must not be there."""
+    """A file that the hostile pickles would create; it must not exist after the test."""
     file = tmp_path / "executed"
     yield str(file)
     assert not file.exists()
 
 
-# Each one, given to Python's own pickle, creates the sentinel (asserted below) or would call or build something.
+# Python's own pickle would call or build something for each of them, or create the sentinel (asserted below).
 def attacks(sentinel: str) -> dict[str, tuple[bytes, str]]:
     command = f"touch {sentinel}"
     line = command.encode() + b"\n"
@@ -88,7 +89,7 @@ def attacks(sentinel: str) -> dict[str, tuple[bytes, str]]:
 def test_refused_by_name(attack, sentinel):
     code, name = attacks(sentinel)[attack]
     with pytest.raises(CheckpointError, match=f"refused, nothing in it was executed: .*{name}") as error:
-        read(code, protocol=4)
+        unpickled(code, protocol=4)
     assert "\n" not in str(error.value)
 
 
@@ -107,14 +108,22 @@ def test_refused_inside_a_state_dict(attack, sentinel, tmp_path):
         read_torch_zip(tmp_path / "weights.bin")
 
 
+def test_a_tensor_with_a_dtype_of_its_own():
+    """As PyTorch describes tensors of the dtypes that have no class of storages."""
+    storage = b"(X\7\0\0\0storagectorch.storage\nUntypedStorage\nX\1\0\0\x000X\3\0\0\0cpuK\x08tQ"
+    code = b"ctorch._utils\n_rebuild_tensor_v3\n(" + storage + b"K\0K\2\x85K\1\x85\x89Nctorch\nuint32\ntR."
+    storage_id, *view = unpickled(code)
+    assert storage_id.size == 8 and view == [mx.uint32, 0, (2,), (1,)]
+
+
 def test_every_opcode_is_known_or_refused():
-    """No instruction of any protocol does anything but build data: called on an empty stack, all end in an error."""
+    """Instructions only build data: on an empty stack each one gives plain data or an error."""
     arguments = {1: b"\1", 2: b"\1\0", 4: b"\1\0\0\0", 8: b"\1" + bytes(7)}
     for opcode in pickletools.opcodes:
         size = getattr(opcode.arg, "n", 0)
         code = opcode.code.encode("latin-1") + arguments.get(size, b"\0" * 9)
         try:
-            value = read(code + b".", protocol=5)
+            value = unpickled(code + b".", protocol=5)
         except CheckpointError:
             continue
         assert isinstance(value, None | bool | int | float | str | bytes | bytearray | tuple | list | dict)
@@ -160,49 +169,49 @@ def test_every_opcode_is_known_or_refused():
 )
 def test_malformed(code):
     with pytest.raises(CheckpointError, match="malformed"):
-        read(code)
+        unpickled(code)
 
 
 def test_protocol_0_and_unknown():
     with pytest.raises(CheckpointError, match="protocol 1"):
-        read(b"N.", protocol=1)
+        unpickled(b"N.", protocol=1)
 
 
 def test_nesting_without_end():
     depth = 300_000
-    value = read(b"]" * depth + b"a" * (depth - 1) + b".")
+    value = unpickled(b"]" * depth + b"a" * (depth - 1) + b".")
     assert isinstance(value, list)
-    while value:  # taken apart from outside: Python's own destructor would recurse
+    while value:  # from the outside in: Python's destructor would recurse
         value = value.pop()
 
 
 def test_deep_keys():
-    """Hashing a deep tuple would overflow the C stack: keys that are not text are dropped unseen."""
-    assert read(b"})" + b"\x85" * 100_000 + b"K\1s.") == {}
+    """Hashing a deep tuple would overflow the C stack: keys that are not text are dropped without hashing."""
+    assert unpickled(b"})" + b"\x85" * 100_000 + b"K\1s.") == {}
 
 
 def test_names_for_terminals():
     """A name with control characters or a lone surrogate prints as one harmless line."""
     with pytest.raises(CheckpointError) as error:
-        read(short("a\x1b[2J\rb") + b"\x8c\x03\xed\xa0\x80\x93.")
+        unpickled(short("a\x1b[2J\rb") + b"\x8c\x03\xed\xa0\x80\x93.")
     assert str(error.value).isprintable() and str(error.value).encode()
 
 
 @pytest.mark.parametrize("filler", [b"]", b"}", b"\x8f", b"(", b"\x8c\x01a", b"K\1\x94", b")\x85"])
 def test_memory_is_bounded(filler, monkeypatch):
-    """A pickle cannot make much more out of its instructions than a few hundred bytes each."""
+    """An instruction needs at most a few hundred bytes of memory."""
     monkeypatch.setattr(torch_pickle, "_MOST_INSTRUCTIONS", 20_000)
     tracemalloc.start()
     with pytest.raises(CheckpointError, match=r"more than 20,000 instructions"):
-        read(filler * 100_000)
+        unpickled(filler * 100_000)
     assert tracemalloc.get_traced_memory()[1] < 20_000 * 400 + 2_000_000
     tracemalloc.stop()
 
 
 def test_billion_laughs():
-    """Shared references multiply only for those who follow them."""
+    """A value that contains another one twice refers to it twice: it is not copied."""
     code = b"]q\0" + b"".join(b"(h\x00h\x00tq\0" for _ in range(200)) + b"."
-    assert isinstance(read(code), tuple)
+    assert isinstance(unpickled(code), tuple)
 
 
 def test_recursive_dict_as_wrapper(tmp_path):
@@ -216,6 +225,6 @@ def test_recursive_dict_as_wrapper(tmp_path):
 def test_huge_integers():
     """Numbers too long to print are not printed."""
     number = b"\x8b" + struct.pack("<i", 5000) + b"\x7f" * 5000
-    assert read(number + b".") > 0
+    assert unpickled(number + b".") > 0
     with pytest.raises(CheckpointError, match=r"persistent id|unknown form"):
-        read(b"(X\7\0\0\0storagectorch\nSize\nX\1\0\0\x000X\3\0\0\0cpu" + number + b"tQ.")
+        unpickled(b"(X\7\0\0\0storagectorch\nSize\nX\1\0\0\x000X\3\0\0\0cpu" + number + b"tQ.")

@@ -34,7 +34,7 @@ def test_dtypes_and_shapes(file, dtype, shape):
     expected = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
     write_torch(file, {"x": tensor(expected)})
     found = read_torch_zip(file)["x"]
-    array = found.read()
+    array = found.load()
     assert found.shape == array.shape == shape and found.dtype == array.dtype
     assert str(array.dtype) in (f"mlx.core.{dtype}", f"mlx.core.{dtype}_")
     np.testing.assert_array_equal(np.array(array), expected)
@@ -43,7 +43,7 @@ def test_dtypes_and_shapes(file, dtype, shape):
 def test_bfloat16(file):
     values = np.array([[1.5, -2.25, 3e38], [0.0, -0.0, 2**-130]], np.float32)
     write_torch(file, {"x": bfloat16(values)})
-    array = read_torch_zip(file)["x"].read()
+    array = read_torch_zip(file)["x"].load()
     assert array.dtype == mx.bfloat16
     np.testing.assert_array_equal(as_numpy(array).view(np.uint32), values.view(np.uint32) & 0xFFFF0000)
 
@@ -67,14 +67,14 @@ def test_strided_views(file, shape, strides, offset):
     expected = np.zeros(shape, np.float32)
     for index in np.ndindex(*shape):
         expected[index] = values[offset + sum(i * s for i, s in zip(index, strides, strict=True))]
-    np.testing.assert_array_equal(np.array(read_torch_zip(file)["x"].read()), expected)
+    np.testing.assert_array_equal(np.array(read_torch_zip(file)["x"].load()), expected)
 
 
 def test_views_of_one_storage(file):
     storage = storage_of(np.arange(6, dtype=np.float32))
     write_torch(file, {"a": View(storage, (2, 3), (3, 1)), "b": View(storage, (3, 2), (1, 3))})
     tensors = read_torch_zip(file)
-    np.testing.assert_array_equal(np.array(tensors["a"].read()), np.array(tensors["b"].read()).T)
+    np.testing.assert_array_equal(np.array(tensors["a"].load()), np.array(tensors["b"].load()).T)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_zip64(file, monkeypatch):
     values = np.arange(100, dtype=np.float32)
     write_torch(file, {"x": tensor(values)})
     assert b"PK\6\6" in file.read_bytes() and b"PK\6\7" in file.read_bytes()
-    np.testing.assert_array_equal(np.array(read_torch_zip(file)["x"].read()), values)
+    np.testing.assert_array_equal(np.array(read_torch_zip(file)["x"].load()), values)
 
 
 def test_values_beside_the_weights(file):
@@ -131,7 +131,7 @@ def test_flipped_bit_in_the_weights(file):
     flip(file, file.read_bytes().index(np.full(1000, 1.5, np.float32).tobytes()) + 777)
     found = read_torch_zip(file)["x"]
     with pytest.raises(CheckpointError, match="data/0 does not match its checksum"):
-        found.read()
+        found.load()
 
 
 def test_without_checksums(file):
@@ -142,7 +142,7 @@ def test_without_checksums(file):
         for info in archive.infolist():
             data = data.replace(struct.pack("<I", info.CRC), bytes(4))
     file.write_bytes(data)
-    assert read_torch_zip(file)["x"].read().tolist() == [1, 1, 1, 1]
+    assert read_torch_zip(file)["x"].load().tolist() == [1, 1, 1, 1]
 
 
 def test_truncated_anywhere(file):
@@ -151,7 +151,7 @@ def test_truncated_anywhere(file):
     for length in range(len(data)):
         file.write_bytes(data[:length])
         with pytest.raises(CheckpointError, match=r"truncated or damaged|empty|neither a PyTorch"):
-            read_torch_zip(file)["x"].read()
+            read_torch_zip(file)["x"].load()
 
 
 def test_bytes_after_the_end(file):
@@ -178,7 +178,7 @@ def patch_directory(file, name: str, offset: int, values: bytes):
 
 
 def test_record_longer_than_the_file(file):
-    """The directory and the pickle agree that there are a million floats, where the file has four."""
+    """The directory and the pickle both say a million floats, but the file has four."""
     write_torch(file, {"x": View(Storage("FloatStorage", 10**6, [bytes(16)]), (10**6,), (1,))})
     patch_directory(file, "data/0", 20, struct.pack("<2I", 4 * 10**6, 4 * 10**6))
     with pytest.raises(CheckpointError, match="shorter than its own directory says"):
@@ -287,7 +287,7 @@ def test_empty_and_absent(file):
 
 
 class TestAgainstTorch:
-    """What PyTorch itself writes. Skipped where it is not installed."""
+    """Files that PyTorch itself writes; skipped where it is not installed."""
 
     @pytest.fixture
     def torch(self):
@@ -318,7 +318,7 @@ class TestAgainstTorch:
         found = state_dict(read_torch_zip(file), "here")
         assert found.keys() == model.state_dict().keys()
         for name, value in model.state_dict().items():
-            np.testing.assert_array_equal(np.array(found[name].read()), value.numpy())
+            np.testing.assert_array_equal(np.array(found[name].load()), value.numpy())
 
     def test_views_and_dtypes(self, torch, file):
         base = torch.arange(60, dtype=torch.float32)
@@ -336,7 +336,7 @@ class TestAgainstTorch:
         torch.save(values, file)
         found = read_torch_zip(file)
         for name, value in values.items():
-            array = found[name].read()
+            array = found[name].load()
             assert str(array.dtype).removeprefix("mlx.core.").rstrip("_") == str(value.dtype).removeprefix("torch.")
             expected = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
             np.testing.assert_array_equal(as_numpy(array), expected)
@@ -368,7 +368,7 @@ class TestAgainstTorch:
             torch.save({"x": torch.ones(2)}, file)
         finally:
             torch.serialization.set_crc32_options(True)
-        assert read_torch_zip(file)["x"].read().tolist() == [1, 1]
+        assert read_torch_zip(file)["x"].load().tolist() == [1, 1]
 
     def test_our_writer_is_torchs_format(self, torch, file):
         values = np.arange(12, dtype=np.float32)

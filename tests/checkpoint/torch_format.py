@@ -44,7 +44,7 @@ class View:
 
 @dataclass(frozen=True)
 class Raw:
-    """Pickle instructions as they are."""
+    """Pickle instructions to insert unchanged."""
 
     code: bytes
 
@@ -69,7 +69,7 @@ def bfloat16(array: np.ndarray) -> View:
 
 
 class Assembler:
-    """Values into pickle instructions, protocol 2, collecting the storages on the way."""
+    """Turns values into pickle instructions, protocol 2, and collects the storages."""
 
     def __init__(self):
         self.storages: list[Storage] = []

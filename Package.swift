@@ -1,0 +1,47 @@
+// swift-tools-version: 6.0
+
+import Foundation
+import PackageDescription
+
+// Core ML exists on Apple's systems only. On Linux a stand-in of that name lets the very same files compile and run.
+#if os(Linux)
+let standIns: [Target] = [
+    .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML")
+]
+let coreML: [Target.Dependency] = ["CoreML"]
+#else
+let standIns: [Target] = []
+let coreML: [Target.Dependency] = []
+#endif
+
+// The copy beside an exported package comes without tests.
+let testsPath = "swift/Tests"
+let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(testsPath)")
+    ? [
+        .target(name: "TTTTestSupport", dependencies: ["TTTFormats"], path: "\(testsPath)/Support"),
+        .testTarget(
+            name: "TTTReferenceTests", dependencies: ["TTTFormats", "TTTReference", "TTTTestSupport"],
+            path: "\(testsPath)/TTTReferenceTests"),
+        .testTarget(
+            name: "TTTKitTests", dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport"] + coreML,
+            path: "\(testsPath)/TTTKitTests"),
+        .testTarget(
+            name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],
+            path: "\(testsPath)/TTTCommandTests"),
+    ] : []
+
+let package = Package(
+    name: "TTTKit",
+    platforms: [.macOS(.v15), .iOS(.v18), .tvOS(.v18), .visionOS(.v2), .watchOS(.v11)],
+    products: [.library(name: "TTTKit", targets: ["TTTKit"]), .executable(name: "ttt", targets: ["ttt"])],
+    targets: [
+        .target(name: "TTTFormats", path: "swift/Sources/TTTFormats"),
+        .target(name: "TTTReference", dependencies: ["TTTFormats"], path: "swift/Sources/TTTReference"),
+        .target(name: "TTTKit", dependencies: ["TTTFormats"] + coreML, path: "swift/Sources/TTTKit"),
+        .target(
+            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"],
+            path: "swift/Sources/TTTCommand"),
+        .executableTarget(name: "ttt", dependencies: ["TTTCommand"], path: "swift/Sources/ttt"),
+    ] + standIns + tests,
+    swiftLanguageModes: [.v6]
+)

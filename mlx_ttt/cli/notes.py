@@ -1,0 +1,66 @@
+"""What a model learned from each token it wrote, in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import OutputError, TTTError
+from ..files import written_whole
+
+if TYPE_CHECKING:
+    from ..text.generation import ObservedResponse
+
+
+class Notes:
+    """The tokens of a text as they are written, to be saved when it ends.
+
+    NAME.npz has an array for each: token and surprisal [T]; loss, lr and write_norm [layers, H, T]. NAME.jsonl has a
+    line for each token: its id, its text and the same values.
+
+    Raises:
+        TTTError: the file has another suffix.
+        OutputError: it cannot be written to.
+    """
+
+    def __init__(self, file: str):
+        self._file = Path(file)
+        if self._file.suffix not in (".npz", ".jsonl"):
+            raise TTTError(f"--observe {file}: the name must end in .npz or .jsonl")
+        if self._file.exists() and not self._file.is_file():
+            raise OutputError(f"{file}: exists and is not a file; choose another name")
+        if not os.access(self._file.parent, os.W_OK):
+            raise OutputError(f"{file}: the folder does not exist or is not writable")
+        self._tokens: list[dict] = []
+
+    def add(self, response: ObservedResponse) -> None:
+        signals = {name: value.tolist() for name, value in response.signals._asdict().items()}
+        token = {"token": response.token, "text": response.text, "surprisal": response.surprisal}
+        self._tokens.append(token | signals)
+
+    def save(self) -> None:
+        """Whole or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        try:
+            with written_whole(self._file) as complete:
+                if self._file.suffix == ".npz":
+                    self._write_arrays(complete)
+                else:
+                    lines = (json.dumps(token, ensure_ascii=False) for token in self._tokens)
+                    complete.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{self._file}: cannot be written: {error.strerror}") from error
+
+    def _write_arrays(self, file: Path) -> None:
+        import numpy as np
+
+        values = {
+            name: np.array([token[name] for token in self._tokens], np.int64 if name == "token" else np.float32)
+            for name in ("token", "surprisal", "loss", "lr", "write_norm")
+        }
+        np.savez(file, **{name: np.moveaxis(x, 0, -1) for name, x in values.items()})  # type: ignore[arg-type]

@@ -1,0 +1,78 @@
+"""The functions of a bundle as one Core AI program, whose functions share their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from coreai.authoring import AIProgram, Module
+
+from ...network.model import Model
+from ..functions import FUNCTIONS, LOGITS, ExportedFunction, Options
+from ..numbers import COMPUTE
+from ..operations import NumberType
+from .compiler import Value, add_function
+from .operations import CoreAIOperations
+from .runner_main import MAIN, add_main
+from .state import apart_shapes
+from .storage import Storage
+
+ALL = (MAIN, *FUNCTIONS)
+
+
+def outside(compute: str) -> NumberType:
+    """The number type of states, and of the logits of `decode` and `prefill`: that of the inner model."""
+    return COMPUTE[compute][1]
+
+
+def build(
+    model: Model,
+    weights: str,
+    options: Options,
+    functions: tuple[str, ...] = ALL,
+    progress: Callable[[], None] = lambda: None,
+) -> AIProgram:
+    """The program of a model.
+
+    Args:
+        model: the model.
+        weights: how its matrices are stored: one of formats.WEIGHTS.
+        options: how it computes.
+        functions: which ones.
+        progress: called after each block of a function; `main` has each block twice.
+
+    Raises:
+        CheckpointError: a weight is not finite, or does not fit the number type.
+    """
+    ops = CoreAIOperations(Storage(weights), COMPUTE[options.compute][0])
+    module = Module.create()
+    with module:
+        for name in functions:
+            if name == MAIN:
+                add_main(model, ops, options, outside(options.compute), progress)
+            else:
+                _add(model, name, ops, options, progress)
+    module.verify()
+    return AIProgram(module)
+
+
+def _add(model: Model, name: str, ops: CoreAIOperations, options: Options, progress: Callable[[], None]) -> None:
+    """Add `decode` or `prefill` to the module that is being built."""
+    exported = ExportedFunction(model, name, options, outside(options.compute))
+    parts, states = exported.layout.parts, apart_shapes(exported.layout)
+
+    def body(*arguments: Value) -> tuple[dict[str, Value], dict[str, Value]]:
+        inputs, state = arguments[: len(exported.inputs)], arguments[len(exported.inputs) :]
+        n = len(parts)
+        layers = [dict(zip(parts, state[i : i + n], strict=True)) for i in range(0, len(state), n)]
+        logits, after = exported.lower_parts(ops, inputs, layers, progress)
+        return {LOGITS: logits}, dict(zip(states, (layer[part] for layer in after for part in parts), strict=True))
+
+    inputs = {name: (shape, np.int32) for name, shape in exported.inputs.items()}
+    add_function(name, inputs, {name: (shape, exported.outside) for name, shape in states.items()}, body)
+
+
+def save(program: AIProgram, path: Path) -> None:
+    """Write a program to a folder NAME.aimodel."""
+    program.save_asset(path)

@@ -1,0 +1,186 @@
+"""How far the answers of an exported package are from those of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeAlias
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError, TTTError
+from ..loading import load_model
+from ..network.model import Model
+from ..text.state import fingerprint
+from .errors import first_line
+from .layout import StateLayout
+from .session import Runner
+
+# The logits of a text of n tokens, [n, V]; and what was learned from it, the state's rows before those of the keys.
+Answers: TypeAlias = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A package's answers beside its model's, at the positions where the package gives logits.
+
+    Attributes:
+        where: what ran the package.
+        positions: how many were compared.
+        largest_difference: of the logits, relative to the largest absolute one.
+        top1, top5: mean overlap of the best and of the five best tokens, 0 to 1.
+        divergence: mean KL divergence of the package's distribution from the model's, in nats.
+        state_error: of what was learned, after the text, as relative L2.
+        devices: the number of operations by the device that Core ML prefers for them, by function; empty but on macOS.
+    """
+
+    where: str
+    positions: int
+    largest_difference: float
+    top1: float
+    top5: float
+    divergence: float
+    state_error: float
+    devices: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that does not run the package, and the first line of its reason."""
+
+    where: str
+    reason: str
+
+
+def verify(
+    package: Path | str,
+    model_dir: Path | str,
+    *,
+    tokens: int = 160,
+    ids: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Comparison | Refusal]:
+    """Read a text with everything that can run the package here, and with the model.
+
+    Half of the text is read by `prefill`, the rest by `decode`.
+
+    Args:
+        package: an .mlpackage; of a separate pair the name without -decode.
+        model_dir: the model that it was exported from.
+        tokens: how many to read; raised to a number that covers every phase of a mini-batch.
+        ids: the text; by default the model makes one up.
+        progress: called with the tokens read so far and in all.
+
+    Raises:
+        CheckpointError: one of them cannot be read, the package was made of another model, a logit is not a finite
+            number, or nothing runs the package.
+    """
+    # Not needed to compare, and it needs coremltools.
+    from .mil.runners import runners_of
+    from .mil.session import packages_of, read_metadata
+
+    package = Path(package)
+    metadata = read_metadata(packages_of(package)["decode"])
+    model, _ = load_model(model_dir)
+    if metadata["model"] != fingerprint(model):
+        raise CheckpointError(f"{package}: was exported from another model than {model_dir}")
+    tokens = max(tokens, 2 * metadata["prefill_tokens"], 3 * metadata["mini_batch_size"])
+    text = list(ids if ids is not None else invented_text(model, tokens))
+    expected = model_answers(model, text)
+    _check_finite(expected[0], f"{model_dir}: the model")
+
+    found: list[Comparison | Refusal] = []
+    with runners_of(package) as runners:
+        for index, runner in enumerate(runners):
+
+            def done(read: int, index: int = index, of: int = len(runners), n: int = len(text)) -> None:
+                progress(index * n + read, of * n)
+
+            try:
+                found.append(compare(runner, text, expected, done))
+            except TTTError:
+                raise
+            except Exception as error:  # whatever runs it refuses it in its own way
+                found.append(Refusal(runner.name, first_line(error)))
+    refusals = [result for result in found if isinstance(result, Refusal)]
+    if len(refusals) == len(found):
+        raise CheckpointError(f"{package}: nothing runs it; {refusals[0].where}: {refusals[0].reason}")
+    return found
+
+
+def invented_text(model: Model, tokens: int) -> list[int]:
+    """Tokens sampled from the model itself, from a fixed seed."""
+    key, cache, ids = mx.random.key(0), model.make_cache(), [1 % model.args.vocab_size]
+    while len(ids) < tokens:
+        key, draw = mx.random.split(key)
+        drawn = mx.random.categorical(model(mx.array([ids[-1:]]), cache=cache)[0, -1], key=draw)
+        ids.append(int(np.array(drawn)))
+    return ids
+
+
+def model_answers(model: Model, ids: list[int]) -> Answers:
+    """Read a text with the model."""
+    cache, layout = model.make_cache(), StateLayout.of(model.args)
+    logits = np.array(model(mx.array([ids]), cache=cache)[0].astype(mx.float32))
+    return logits, layout.pack(cache, model.make_cache())[:, :, : layout.first_row("k")]
+
+
+def compare(runner: Runner, ids: list[int], expected: Answers, progress: Callable[[int], None]) -> Comparison:
+    """Read a text in a new session.
+
+    Args:
+        runner: what runs the package.
+        ids: the text.
+        expected: the model's answers.
+        progress: called with the tokens read so far.
+
+    Raises:
+        CheckpointError: a logit is not a finite number.
+    """
+    devices, session = runner.devices(), runner.open_session()
+    half = len(ids) // 2 // session.block * session.block + session.block // 2 + 1  # so that one block is incomplete
+    positions, logits = [], []
+    parts = [ids[:half], *([token] for token in ids[half:])]
+    for offset, last in chain.from_iterable(map(session.feed, parts)):
+        positions.append(offset - 1)
+        logits.append(last[-1])
+        progress(offset)
+    found, wanted, learned = np.stack(logits), expected[0][positions], expected[1]
+    _check_finite(found, f"the package, in {runner.name},")
+    drift = np.linalg.norm(session.state[:, :, : learned.shape[2]] - learned)
+    return Comparison(
+        where=runner.name,
+        positions=len(positions),
+        largest_difference=float(np.abs(found - wanted).max() / np.abs(wanted).max()),
+        top1=overlap(found, wanted, 1),
+        top5=overlap(found, wanted, 5),
+        divergence=divergence(found, wanted),
+        state_error=float(drift / max(np.linalg.norm(learned), 1e-30)),
+        devices=devices,
+    )
+
+
+def _check_finite(logits: np.ndarray, whose: str) -> None:
+    if not np.isfinite(logits).all():
+        raise CheckpointError(f"{whose} gives logits that are not finite numbers")
+
+
+def overlap(found: np.ndarray, wanted: np.ndarray, n: int) -> float:
+    """Mean share of the n best tokens in common, logits [positions, V] each."""
+    best = (np.argsort(-x, axis=-1, kind="stable")[:, :n] for x in (found, wanted))
+    return float(np.mean([len(np.intersect1d(a, b)) / len(a) for a, b in zip(*best, strict=True)]))
+
+
+def divergence(found: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean of KL(wanted || found) in nats, logits [positions, V] each."""
+    p, q = log_softmax(wanted), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Along the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

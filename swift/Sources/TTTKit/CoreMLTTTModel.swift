@@ -1,0 +1,224 @@
+#if canImport(CoreML)
+import CoreML
+import Foundation
+import TTTFormats
+
+/// A TTT model in a Core ML package.
+public actor CoreMLTTTModel: TTTModel {
+    public nonisolated let info: TTTModelInfo
+    private let decoder: MLModel
+    private let prefiller: MLModel
+    private let layout: StateLayout
+    private let start: [LayerState]
+    private var memory: Memory
+
+    /// What the model keeps from call to call.
+    private enum Memory {
+        /// Core ML keeps it, for both functions of a package.
+        case shared(MLState)
+        /// Core ML keeps it, for each of two packages; the one called last has the latest.
+        case separate(forDecode: MLState, forPrefill: MLState, latestIsDecode: Bool)
+        /// It is an input and an output of the model.
+        case array(MLMultiArray)
+    }
+
+    private static let stateName = "tttState"
+    private static let nextStateName = "tttStateOut"
+    private static let bytesPerScalar = 2  // float16
+
+    /// Loads a compiled package. Takes seconds the first time on a device: `load` does it in the background.
+    ///
+    /// - Parameters:
+    ///   - url: the compiled package (`.mlmodelc`).
+    ///   - source: of the package, from the `source.safetensors` beside it.
+    ///   - prefill: the compiled package with `prefill` alone, where the two were exported with `--separate`.
+    ///   - computeUnits: `.cpuAndGPU`, unless measured otherwise on the device.
+    public init(
+        contentsOf url: URL, source: ModelSource, prefill: URL? = nil, computeUnits: MLComputeUnits = .cpuAndGPU
+    ) throws {
+        func load(_ url: URL, function: String) throws -> MLModel {
+            let configuration = MLModelConfiguration()
+            configuration.computeUnits = computeUnits
+            configuration.functionName = prefill == nil ? function : nil
+            do {
+                return try MLModel(contentsOf: url, configuration: configuration)
+            } catch {
+                throw TTTError.unreadableFile(url.lastPathComponent, error.localizedDescription)
+            }
+        }
+        let decoder = try load(url, function: "decode")
+        let prefiller = try load(prefill ?? url, function: "prefill")
+        let metadata = decoder.modelDescription.metadata[.creatorDefinedKey] as? [String: String]
+        info = try TTTModelInfo(metadata: metadata ?? [:], source: source)
+        layout = try StateLayout(JSON((metadata?["com.mlx-ttt.state"] ?? "null").utf8))
+        start = try layout.start(weights: source.startWeights)
+        memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: prefill != nil)
+        self.decoder = decoder
+        self.prefiller = prefiller
+    }
+
+    /// Loads a compiled package in the background; see `init`.
+    public static func load(
+        contentsOf url: URL, source: ModelSource, prefill: URL? = nil, computeUnits: MLComputeUnits = .cpuAndGPU
+    ) async throws -> CoreMLTTTModel {
+        try await Task.detached {
+            try CoreMLTTTModel(contentsOf: url, source: source, prefill: prefill, computeUnits: computeUnits)
+        }.value
+    }
+
+    public func prefill(_ block: [Int], length: Int) throws -> [Float] {
+        let tokens = Self.integers(block, shape: [1, block.count])
+        return try predict(["inputIds": tokens, "length": Self.integers([length], shape: [1])], isDecode: false)
+    }
+
+    public func decode(_ token: Int, position: Int) throws -> [Float] {
+        let tokens = Self.integers([token], shape: [1, 1])
+        return try predict(["inputIds": tokens, "position": Self.integers([position], shape: [1])], isDecode: true)
+    }
+
+    public func state(position: Int) throws -> [LayerState] {
+        let contents: Data
+        switch memory {
+        case .shared(let state): contents = Self.contents(of: state)
+        case .separate(let forDecode, let forPrefill, let latestIsDecode):
+            contents = Self.contents(of: latestIsDecode ? forDecode : forPrefill)
+        case .array(let array): contents = Self.packed(array)
+        }
+        guard contents.count == layout.count * Self.bytesPerScalar else {
+            throw TTTError.notATTTPackage("its state has another shape than its metadata says")
+        }
+        let scalars = contents.withUnsafeBytes { bytes in
+            (0..<layout.count).map { index in
+                Half.float(bytes.loadUnaligned(fromByteOffset: index * Self.bytesPerScalar, as: UInt16.self))
+            }
+        }
+        return layout.unpack(scalars, start: start, offset: position)
+    }
+
+    public func restore(_ state: [LayerState]) throws {
+        guard state.count == start.count, zip(state, start).allSatisfy({ $0.hasShape(of: $1) }) else {
+            throw TTTError.stateOfAnotherModel
+        }
+        let contents = layout.pack(state, start: start).reduce(into: Data(capacity: 2 * layout.count)) { data, value in
+            let bits = Half.bits(value)
+            data.append(UInt8(truncatingIfNeeded: bits))
+            data.append(UInt8(truncatingIfNeeded: bits >> 8))
+        }
+        try reset()
+        switch memory {
+        case .shared(let target), .separate(let target, _, _): try Self.fill(target, with: contents)
+        case .array(let array): try Self.unpack(contents, into: array)
+        }
+    }
+
+    public func reset() throws {
+        var isSeparate = false
+        if case .separate = memory { isSeparate = true }
+        memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: isSeparate)
+    }
+
+    // MARK: - Calling the model
+
+    // Core ML's synchronous call: nothing else enters the actor while it runs, and one state allows one call.
+    private func predict(_ inputs: [String: MLMultiArray], isDecode: Bool) throws -> [Float] {
+        let model = isDecode ? decoder : prefiller
+        let outputs: any MLFeatureProvider
+        switch memory {
+        case .shared(let state):
+            outputs = try model.prediction(from: Self.provider(inputs), using: state)
+        case .separate(let forDecode, let forPrefill, let latestIsDecode):
+            let state = isDecode ? forDecode : forPrefill
+            if isDecode != latestIsDecode {
+                try Self.fill(state, with: Self.contents(of: latestIsDecode ? forDecode : forPrefill))
+            }
+            memory = .separate(forDecode: forDecode, forPrefill: forPrefill, latestIsDecode: isDecode)
+            outputs = try model.prediction(from: Self.provider(inputs), using: state)
+        case .array(let array):
+            let all = inputs.merging([Self.stateName: array]) { $1 }
+            outputs = try model.prediction(from: Self.provider(all))
+            guard let next = outputs.featureValue(for: Self.nextStateName)?.multiArrayValue else {
+                throw TTTError.unexpectedOutput("no \(Self.nextStateName)")
+            }
+            memory = .array(next)
+        }
+        guard let array = outputs.featureValue(for: "logits")?.multiArrayValue else {
+            throw TTTError.unexpectedOutput("no logits")
+        }
+        let logits = MLShapedArray<Float>(converting: array).scalars
+        guard logits.count == info.vocabularySize else {
+            throw TTTError.unexpectedOutput("\(logits.count) logits, expected \(info.vocabularySize)")
+        }
+        return logits
+    }
+
+    private static func provider(_ inputs: [String: MLMultiArray]) throws -> MLDictionaryFeatureProvider {
+        try MLDictionaryFeatureProvider(dictionary: inputs.mapValues { MLFeatureValue(multiArray: $0) })
+    }
+
+    private static func integers(_ scalars: [Int], shape: [Int]) -> MLMultiArray {
+        MLMultiArray(MLShapedArray<Int32>(scalars: scalars.map { Int32($0) }, shape: shape))
+    }
+
+    // MARK: - The state
+
+    /// The memory before the first token: zeros.
+    private static func empty(decoder: MLModel, prefiller: MLModel, isSeparate: Bool) throws -> Memory {
+        let description = decoder.modelDescription
+        if description.stateDescriptionsByName[stateName] != nil {
+            guard isSeparate else { return .shared(decoder.makeState()) }
+            return .separate(
+                forDecode: decoder.makeState(), forPrefill: prefiller.makeState(), latestIsDecode: true)
+        }
+        guard let shape = description.inputDescriptionsByName[stateName]?.multiArrayConstraint?.shape else {
+            throw TTTError.notATTTPackage("it has no \(stateName)")
+        }
+        let array = try MLMultiArray(shape: shape, dataType: .float16)
+        array.withUnsafeMutableBytes { bytes, _ in
+            _ = bytes.initializeMemory(as: UInt8.self, repeating: 0)
+        }
+        return .array(array)
+    }
+
+    private static func contents(of state: MLState) -> Data {
+        state.withMultiArray(for: stateName) { packed($0) }
+    }
+
+    private static func fill(_ state: MLState, with data: Data) throws {
+        try state.withMultiArray(for: stateName) { try unpack(data, into: $0) }
+    }
+
+    private static func packed(_ array: MLMultiArray) -> Data {
+        let shape = array.shape.map(\.intValue)
+        let layout = StridedMemory(shape: shape, strides: array.strides.map(\.intValue))
+        var data = Data(count: shape.reduce(bytesPerScalar, *))
+        data.withUnsafeMutableBytes { packed in
+            array.withUnsafeBytes { memory in
+                for run in layout.runs {
+                    let source = memory[bytes(run.inMemory, run.count)]
+                    UnsafeMutableRawBufferPointer(rebasing: packed[bytes(run.packed, run.count)])
+                        .copyMemory(from: UnsafeRawBufferPointer(rebasing: source))
+                }
+            }
+        }
+        return data
+    }
+
+    private static func unpack(_ data: Data, into array: MLMultiArray) throws {
+        let shape = array.shape.map(\.intValue)
+        guard data.count == shape.reduce(bytesPerScalar, *) else { throw TTTError.damagedState }
+        data.withUnsafeBytes { packed in
+            array.withUnsafeMutableBytes { memory, strides in
+                for run in StridedMemory(shape: shape, strides: strides).runs {
+                    let source = packed[bytes(run.packed, run.count)]
+                    UnsafeMutableRawBufferPointer(rebasing: memory[bytes(run.inMemory, run.count)])
+                        .copyMemory(from: UnsafeRawBufferPointer(rebasing: source))
+                }
+            }
+        }
+    }
+
+    private static func bytes(_ start: Int, _ count: Int) -> Range<Int> {
+        (start * bytesPerScalar)..<((start + count) * bytesPerScalar)
+    }
+}
+#endif

@@ -1,0 +1,1 @@
+@_exported import TTTFormats  // `TTTError`, `LayerState`: an app imports TTTKit alone

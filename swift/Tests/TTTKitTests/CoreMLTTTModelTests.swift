@@ -1,0 +1,207 @@
+import TTTFormats
+import TTTReference
+import XCTest
+
+@testable import TTTKit
+
+#if os(Linux)
+import CoreML
+import TTTTestSupport
+
+/// The files that an app compiles against Core ML, run on the stand-in.
+final class CoreMLTTTModelTests: XCTestCase {
+    private func package(_ name: String, source: URL) -> URL {
+        let package = Files.fixture("\(name).mlpackage")
+        StandIn.shared.register(source, for: package)
+        return package
+    }
+
+    /// What `source.safetensors` beside the package would say.
+    private func load(_ package: URL) async throws -> CoreMLTTTModel {
+        let directory = package.lastPathComponent.hasPrefix("mlp") ? Files.golden("mlp-mamba") : Files.bundled
+        let metadata = try load("decode", package).modelDescription.metadata[.creatorDefinedKey] as? [String: String]
+        let source = ModelSource(
+            fingerprint: try Files.json("linear.json")["fingerprint"]?.string ?? "",
+            modelFingerprint: metadata?["com.mlx-ttt.model"] ?? "",
+            startWeights: try ReferenceNetwork(directory: directory).start.map(\.weights))
+        return try await CoreMLTTTModel.load(contentsOf: package, source: source)
+    }
+
+    private var linear: URL { package("linear", source: Files.bundled) }
+    private var linearIO: URL { package("linear-io", source: Files.bundled) }
+    private var mlp: URL { package("mlp", source: Files.golden("mlp-mamba")) }
+
+    /// Reads tokens as the generator does: blocks, then steps.
+    private func read(_ ids: [Int], _ model: CoreMLTTTModel, from start: Int = 0) async throws -> [Float] {
+        var (done, logits) = (0, [Float]())
+        let info = model.info
+        while done < ids.count {
+            let phase = (start + done) % info.miniBatchSize
+            let count = phase == 0 ? min(info.prefillTokens, ids.count - done) : 1
+            if count == 1 {
+                logits = try await model.decode(ids[done], position: phase)
+            } else {
+                let block = Array(ids[done..<done + count])
+                let padding = [Int](repeating: 0, count: info.prefillTokens - count)
+                logits = try await model.prefill(block + padding, length: count)
+            }
+            done += count
+        }
+        return logits
+    }
+
+    /// Float16 logits, and a state that is rounded to float16 after every call.
+    func testLogitsAreNearPythons() async throws {
+        for (name, url) in [("linear", linear), ("linear", linearIO), ("mlp", mlp)] {
+            let expected = try Files.arrays("\(name).safetensors")
+            let (ids, positions) = (try expected.integers("ids"), try expected.integers("positions"))
+            let model = try await load(url)
+            let V = model.info.vocabularySize
+            for (index, position) in positions.enumerated() {
+                try await model.reset()
+                let logits = try await read(Array(ids[...position]), model)
+                let values = try expected.tensor("logits").values[index * V..<(index + 1) * V]
+                let largest = values.reduce(0) { max($0, abs($1)) }
+                let difference = zip(logits, values).reduce(0) { max($0, abs($1.0 - $1.1)) }
+                // Half a unit in the last place of the logits, and the state's rounding.
+                XCTAssertLessThan(difference, 6e-4 * max(1, largest), "\(name), position \(position)")
+            }
+        }
+    }
+
+    func testAStateIsSavedAndRestored() async throws {
+        let ids = try Files.json("linear.json")["prompt_ids"]?.integers ?? []
+        for url in [linear, linearIO] {
+            let model = try await load(url)
+            _ = try await read(Array(ids[..<35]), model)
+            let saved = try await model.state(position: 3)
+            let expected = try await model.decode(ids[35], position: 3)
+            try await model.reset()
+            try await model.restore(saved)
+            let found = try await model.decode(ids[35], position: 3)
+            XCTAssertEqual(found, expected)
+        }
+    }
+
+    /// From the package to text: tokenizer, blocks, steps, sampler, stream.
+    func testTheTextBeginsAsPythons() async throws {
+        let expected = try Files.json("linear.json")
+        let generator = TTTGenerator(model: try await load(linear), tokenizer: try JSONTokenizer(folder: Files.bundled))
+        var text = ""
+        let options = TTTOptions(maxTokens: 20, endTokens: [])
+        for try await piece in generator.generate(expected["prompt"]?.string ?? "", options: options) { text += piece }
+        XCTAssertGreaterThan(text.count, 20)
+        XCTAssertTrue(expected["greedy_text"]?.string?.hasPrefix(text) ?? false, text)
+    }
+
+    // MARK: - What the stand-in catches
+
+    private func load(_ function: String, _ url: URL) throws -> MLModel {
+        let configuration = MLModelConfiguration()
+        configuration.functionName = function
+        return try MLModel(contentsOf: url, configuration: configuration)
+    }
+
+    private func integers(_ scalars: [Int32], _ shape: [Int]) -> MLMultiArray {
+        MLMultiArray(MLShapedArray<Int32>(scalars: scalars, shape: shape))
+    }
+
+    private func inputs(_ arrays: [String: MLMultiArray]) throws -> MLDictionaryFeatureProvider {
+        try MLDictionaryFeatureProvider(dictionary: arrays.mapValues { MLFeatureValue(multiArray: $0) })
+    }
+
+    private func assertRefuses(_ what: String, line: UInt = #line, _ body: () throws -> Void) {
+        XCTAssertThrowsError(try body(), line: line) { error in
+            XCTAssertTrue(error.localizedDescription.contains(what), error.localizedDescription, line: line)
+        }
+    }
+
+    func testWrongNamesShapesAndTypesAreCaught() throws {
+        assertRefuses("no function encode") { _ = try load("encode", linear) }
+        let decode = try load("decode", linear)
+        let state = decode.makeState()
+        let (ids, position) = (integers([5], [1, 1]), integers([0], [1]))
+        _ = try decode.prediction(from: inputs(["inputIds": ids, "position": position]), using: state)
+        let wrong: [(String, [String: MLMultiArray])] = [
+            ("takes", ["input_ids": ids, "position": position]),
+            ("takes", ["inputIds": ids]),
+            ("takes", ["inputIds": ids, "position": position, "length": position]),
+            ("inputIds is", ["inputIds": integers([5], [1]), "position": position]),
+            ("position is", ["inputIds": ids, "position": integers([1], [1, 1])]),
+            (
+                "holds",
+                ["inputIds": MLMultiArray(MLShapedArray<Float>(scalars: [5], shape: [1, 1])), "position": position]
+            ),
+        ]
+        for (what, arrays) in wrong {
+            assertRefuses(what) { _ = try decode.prediction(from: inputs(arrays), using: state) }
+        }
+        assertRefuses("needs a state") {
+            _ = try decode.prediction(from: inputs(["inputIds": ids, "position": position]))
+        }
+    }
+
+    func testCallsAtTheWrongPhaseAreCaught() async throws {
+        let model = try await load(linear)
+        for position in 0..<3 { _ = try await model.decode(5, position: position) }
+        let block = [Int](repeating: 1, count: model.info.prefillTokens)
+        await assertRefusesAsync("prefill at phase 3") { _ = try await model.prefill(block, length: 3) }
+        await assertRefusesAsync("decode at position 4") { _ = try await model.decode(5, position: 4) }
+        let saved = try await model.state(position: 3)
+        try await model.restore(saved)  // after which only the open rows say where the mini-batch stands
+        await assertRefusesAsync("prefill at phase") { _ = try await model.prefill(block, length: 3) }
+        _ = try await model.decode(5, position: 3)
+    }
+
+    func testTwoPredictionsAtOnceAreCaught() throws {
+        let decode = try load("decode", linear)
+        let state = UncheckedState(decode.makeState())
+        let arrays = ["inputIds": integers([5], [1, 1]), "position": integers([0], [1])]
+        let provider = try inputs(arrays)
+        let second = Second(decode, provider)
+        StandIn.shared.whilePredicting {
+            StandIn.shared.whilePredicting(nil)
+            second.run(state.value)
+        }
+        _ = try decode.prediction(from: provider, using: state.value)
+        XCTAssertEqual(second.message, "two predictions use one state at the same time")
+    }
+
+    private func assertRefusesAsync(_ what: String, line: UInt = #line, _ body: () async throws -> Void) async {
+        do {
+            try await body()
+            XCTFail("no error", line: line)
+        } catch {
+            XCTAssertTrue(error.localizedDescription.contains(what), error.localizedDescription, line: line)
+        }
+    }
+}
+
+private struct UncheckedState: @unchecked Sendable {
+    let value: MLState
+
+    init(_ value: MLState) {
+        self.value = value
+    }
+}
+
+/// A prediction in the midst of another.
+private final class Second: @unchecked Sendable {
+    private let model: MLModel
+    private let provider: MLDictionaryFeatureProvider
+    private(set) var message: String?
+
+    init(_ model: MLModel, _ provider: MLDictionaryFeatureProvider) {
+        self.model = model
+        self.provider = provider
+    }
+
+    func run(_ state: MLState) {
+        do {
+            _ = try model.prediction(from: provider, using: state)
+        } catch {
+            message = error.localizedDescription
+        }
+    }
+}
+#endif

@@ -1,0 +1,41 @@
+"""What the tests of the Swift code compare with is still what Python gives."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+import mlx_ttt
+from mlx_ttt.text.state import fingerprint
+from tests.export.swift_fixtures import FIXTURES
+
+
+def load(name: str):
+    return json.loads((FIXTURES / name).read_text(encoding="utf-8"))
+
+
+def test_the_bundled_model():
+    model, tokenizer = mlx_ttt.load()
+    expected, arrays = load("linear.json"), mx.load(str(FIXTURES / "linear.safetensors"))
+    assert expected["fingerprint"] == fingerprint(model, tokenizer)
+    assert expected["prompt_ids"] == tokenizer.encode(expected["prompt"])
+    assert expected["greedy_text"] == tokenizer.decode(expected["greedy_ids"])
+    model.set_dtype(mx.float32)
+    logits = np.array(model(arrays["ids"][None])[0, arrays["positions"].tolist()])
+    np.testing.assert_allclose(logits, np.array(arrays["logits"]), atol=1e-4)
+
+
+def test_the_saved_state():
+    model, tokenizer = mlx_ttt.load(FIXTURES / "small")
+    state = mlx_ttt.load_state(FIXTURES / "small" / "python.state", model, tokenizer)
+    text = mlx_ttt.generate(model, tokenizer, state=state, max_tokens=40)
+    assert text == load("small/expected.json")["text"]
+
+
+def test_token_ids():
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(FIXTURES / "tokenizers" / "symbols")
+    for case in load("tokenizers/symbols/cases.json")["texts"]:
+        assert tokenizer.encode(case["text"], add_special_tokens=False) == case["ids"]

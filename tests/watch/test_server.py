@@ -1,0 +1,164 @@
+"""The live page over HTTP: what it answers, what it refuses, and that nothing ends it."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from mlx_ttt.errors import OutputError
+from mlx_ttt.watch.server import OnlyTrustedHosts, listening
+
+from .serving import Server, serving
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("watch") / "log") as server:
+        yield server
+
+
+def until(events: Iterator[dict], **wanted) -> list[dict]:
+    """The events up to one that has these values."""
+    seen = []
+    for event in events:
+        seen.append(event)
+        if wanted.items() <= event.items():
+            return seen
+    raise AssertionError(f"the events ended before {wanted}")
+
+
+def test_a_port_in_use():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OutputError, match=f"cannot listen at 127.0.0.1, port {port}: address already in use"):
+            listening("127.0.0.1", port)
+
+
+def test_an_address_that_is_not_here():
+    with pytest.raises(OutputError, match=r"cannot listen at 192\.0\.2\.1, port 0"):
+        listening("192.0.2.1", 0)
+
+
+@pytest.mark.parametrize(
+    ("serves_at", "header", "trusted"),
+    [
+        ("127.0.0.1", "127.0.0.1:8030", True),
+        ("127.0.0.1", "localhost:8030", True),
+        ("127.0.0.1", "LOCALHOST", True),
+        ("127.0.0.1", "[::1]:8030", True),
+        ("127.0.0.1", "127.0.0.2", True),
+        ("127.0.0.1", "", False),
+        ("127.0.0.1", "evil.example:8030", False),
+        ("127.0.0.1", "127.0.0.1.evil.example", False),
+        ("127.0.0.1", "localhost.evil.example", False),
+        ("127.0.0.1", "10.0.0.7:8030", False),
+        ("127.0.0.1", "[::1", False),
+        ("::1", "[::1]:8030", True),
+        ("0.0.0.0", "10.0.0.7:8030", True),
+        ("0.0.0.0", "[fe80::1]:8030", True),
+        ("0.0.0.0", f"{socket.gethostname()}:8030", True),
+        ("0.0.0.0", "evil.example", False),
+    ],
+)
+def test_which_hosts_are_trusted(serves_at, header, trusted):
+    assert OnlyTrustedHosts(None, serves_at)._trusts(header) is trusted  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_pages_of_other_sites_get_nothing(server):
+    assert server.request("GET", "/")[0] == 200
+    assert server.request("GET", "/", Host="evil.example")[0] == 403
+    assert server.request("GET", "/events", Host="evil.example")[0] == 403
+    assert server.post("stop", {}, Origin="http://evil.example")[0] == 403
+    assert server.post("stop", {}, Origin=server.url)[0] == 202
+    assert server.post("stop", {}, Content_Type="text/plain")[0] == 415
+
+
+@pytest.mark.slow
+def test_a_turn_and_its_events(server):
+    with server.events() as events:
+        until(events, kind="busy", busy=False)
+        asked = {"sides": ["A"], "text": "ROMEO.\n", "tokens": 3, "temperature": 0.5, "seed": 1}
+        assert server.post("turn", asked) == (202, {"ok": True})
+        seen = until(events, kind="busy", busy=False)
+        assert sum(event.get("written", False) for event in seen) == 3
+        server.post("remember", {"side": "A", "name": "<script>"})
+        states = until(events, kind="states")[-1]["states"]
+        assert states[0]["name"] == "<script>"
+        server.post("back", {"side": "B", "state": states[0]["id"]})
+        assert until(events, kind="side", side="B")[-1]["name"] == "<script>"
+        server.post("learning", {"side": "B", "learning": 0.5})
+        until(events, kind="learning", side="B", learning=0.5)
+        server.post("back", {"side": "B", "state": 99})
+        assert "there is no state 99" in until(events, kind="error")[-1]["message"]
+
+
+BAD = [
+    ("turn", {"sides": ["C"], "text": "x"}, "sides is ['C']"),
+    ("turn", {"sides": "A", "text": "x"}, "sides is 'A'"),
+    ("turn", {"sides": [["A"]], "text": "x"}, "sides is [['A']]"),
+    ("turn", {"sides": ["A"], "text": 3}, "text is not a text"),
+    ("turn", {"sides": ["A"], "text": "\ud800"}, "text is not a text"),
+    ("turn", {"sides": ["A"], "text": ""}, "nothing to read"),
+    ("turn", {"sides": ["A"], "text": "x", "tokens": -1}, "tokens is -1, expected 0 to 4096"),
+    ("turn", {"sides": ["A"], "text": "x", "tokens": True}, "tokens is True"),
+    ("turn", {"sides": ["A"], "text": "x", "temperature": float("nan")}, "temperature is nan, expected a number"),
+    ("learning", {"side": "A", "learning": float("nan")}, "learning is nan"),
+    ("learning", {"side": "A", "learning": -1}, "learning is -1, expected 0 to 10"),
+    ("learning", {"side": "A", "learning": "x"}, "learning is 'x'"),
+    ("learning", {"side": {}, "learning": 1}, "side is {}"),
+    ("learning", {"learning": 1}, "side is None"),
+    ("learning", {"side": "A", "learning": 10**400}, "learning is 1"),
+    ("remember", {"side": "A", "name": "x" * 81}, "name is not a short text"),
+    ("back", {"side": "A", "state": None}, "state is None"),
+    ("back", {"side": "A", "state": [1]}, "state is [1]"),
+    ("back", {"side": "A", "state": True}, "state is True"),
+    ("turn", [], "not a JSON object"),
+]
+
+
+@pytest.mark.slow
+def test_bad_requests_are_answered_with_one_line(server):
+    for path, asked, message in BAD:
+        status, answer = server.post(path, asked)
+        assert status == 400 and message in answer["error"] and "\n" not in answer["error"], (path, asked, answer)
+    assert server.request("POST", "/turn", b"{", Content_Type="application/json")[0] == 400
+    assert server.request("POST", "/turn", b"[" * 100_000, Content_Type="application/json")[0] == 400
+    assert server.request("POST", "/turn", b"\xff\xfe", Content_Type="application/json")[0] == 400
+    assert server.request("POST", "/turn", b" " * (5 << 20), Content_Type="application/json")[0] == 413
+    assert server.request("GET", "/turn")[0] == 405
+    assert server.request("GET", "/../../etc/passwd")[0] == 404
+
+
+@pytest.mark.slow
+def test_nothing_ends_the_server(server):
+    rng = random.Random(0)
+    for _ in range(60):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as raw:
+            kind = rng.randrange(4)
+            if kind == 0:
+                raw.sendall(rng.randbytes(rng.randrange(1, 400)))
+            elif kind == 1:
+                raw.sendall(
+                    b"POST /turn HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    b"Content-Length: 1000\r\n\r\n{"
+                )
+            elif kind == 2:
+                raw.sendall(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                raw.recv(100)
+            else:
+                body = json.dumps({rng.choice("ab"): rng.choice([None, [], {}, 1e308])}).encode()
+                head = f"POST /{rng.choice(['turn', 'forget', 'back'])} HTTP/1.1\r\nHost: localhost\r\n"
+                head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                raw.sendall(head.encode() + body)
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # breaks it off
+    with server.events() as events:
+        until(events, kind="busy", busy=False)
+    assert server.request("GET", "/")[0] == 200 and server.process.poll() is None
