@@ -68,16 +68,17 @@ class TestLosses:
 
     @pytest.mark.slow
     def test_memory_does_not_grow_with_the_text(self, trained):
+        """Eight times the text. MLX's threads overlap more or less, so that peaks differ by a quarter from run to run."""
         model, _ = trained
         peaks = []
-        for n in (2049, 4097):
+        for n in (2049, 16385):
             gc.collect()  # what earlier tests have left
             mx.clear_cache()
             mx.reset_peak_memory()
             before = mx.get_active_memory()
             losses(model, np.arange(n) % 2048)
             peaks.append(mx.get_peak_memory() - before)
-        assert peaks[1] < 1.05 * peaks[0]
+        assert peaks[1] < 1.6 * peaks[0]
 
     @pytest.mark.slow
     def test_the_tempest(self, trained, tempest):
