@@ -35,6 +35,12 @@ def differentiable(
             return list(found)
         return mx.vjp(by_operations, list(inputs), list(cotangents))[1]
 
+    @function.jvp
+    def tangent(inputs: Any, tangents: Any) -> list[mx.array]:
+        inputs, tangents = ([x] if isinstance(x, mx.array) else x for x in (inputs, tangents))
+        tangents = [mx.zeros_like(x) if dx is None else dx for x, dx in zip(inputs, tangents, strict=True)]
+        return mx.jvp(by_operations, list(inputs), tangents)[1]
+
     return function  # type: ignore[return-value]
 
 

@@ -187,6 +187,23 @@ class TestC:
             assert relative_error(found, expected) <= 1e-4
 
     @pytest.mark.parametrize("kind", KINDS)
+    def test_tangents_are_those_of_the_dual_form(self, kind, spy):
+        case = make_case(kind, T=18, sizes=Sizes(H=1, K=5), phase=[3])
+        arrays, tangents = list(case.arrays), [mx.sin(7 * x) for x in case.arrays]
+
+        def tangent(rule):
+            def function(*arrays):
+                y, state = rule(*case.with_arrays(arrays))
+                return [y, *state.weights, state.rows]
+
+            return mx.jvp(function, arrays, tangents)[1]
+
+        found, expected = tangent(update), tangent(dual_form.in_mlx)
+        assert spy.taken() == {"update"}
+        for a, b in zip(found, expected, strict=True):
+            assert b.abs().max() > 0 and relative_error(a, b) <= 1e-4
+
+    @pytest.mark.parametrize("kind", KINDS)
     def test_cotangents_inside_transformations_go_through_the_dual_form(self, kind, spy):
         case = make_case(kind, T=17, sizes=Sizes(H=1, K=5), phase=[3])
         dy, dstate = cotangents(case)
