@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import mlx.core as mx
@@ -11,8 +12,10 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_ttt.backends.cpu import calls
 from mlx_ttt.training import gradients, segments
 
+from ..backends.cpu.c_code import needs_c
 from ..models import FLAGS, KINDS, VOCABULARY, build
 
 GOLDEN = ["linear-mamba", "linear-transformer", "mlp-mamba", "mlp-transformer"]
@@ -176,6 +179,25 @@ class TestState:
         with pytest.raises(ZeroDivisionError):
             gradients(model, ids, 20)
         assert all(x is before[name] for name, x in tree_flatten(model.parameters()))
+
+
+@needs_c
+@pytest.mark.slow
+def test_nothing_is_kept_for_second_derivatives(trained, monkeypatch):
+    """A step of this model takes 156 MB. If its gradient can be differentiated again, 205 MB."""
+    model, ids = trained[0], mx.arange(1025)[None]
+
+    def peak():
+        gc.collect()
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(gradients(model, ids))
+        return mx.get_peak_memory() - before
+
+    once = peak()
+    monkeypatch.setattr(calls, "is_differentiated_once", lambda: False)
+    assert once < 0.87 * peak()
 
 
 @pytest.mark.parametrize(
