@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
+from ..network.inner import INNER_MODELS
 from .parameters import EMBEDDING, HEAD
 from .tensor import Tensor
 
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
-# The ttt_base_lr of all released models, from the official training scripts.
-_BASE_LR = {"linear": 1.0, "mlp": 0.1}
 
 
 def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
@@ -45,7 +44,7 @@ def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
         "num_hidden_layers": 1 + max(int(match[1]) for match in map(_LAYER.match, tensors) if match),
         "num_attention_heads": shape(f"{block}W1", 3)[0],
         "mini_batch_size": shape(f"{block}learnable_token_idx", 1)[0],
-        "ttt_layer_type": "mlp" if f"{block}W2" in tensors else "linear",
+        "ttt_layer_type": _inner_model(block, tensors),
         "pre_conv": f"{layer}conv.conv.weight" in tensors,
         "share_qk": f"{block}conv_q.weight" in tensors,
         "use_gate": f"{block}g_proj.weight" in tensors,
@@ -59,4 +58,10 @@ def inferred_config(tensors: Mapping[str, Tensor], where: str) -> dict:
 
 def assumed_config(config: Mapping[str, Any]) -> dict[str, float]:
     """The fields that no tensor tells, with the values of the released models."""
-    return {"ttt_base_lr": _BASE_LR[config["ttt_layer_type"]], "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+    return {"ttt_base_lr": INNER_MODELS[config["ttt_layer_type"]].base_lr, "rope_theta": 10000.0, "rms_norm_eps": 1e-6}
+
+
+def _inner_model(block: str, tensors: Mapping[str, Tensor]) -> str:
+    """The name of the largest inner model whose weights are all there."""
+    found = [m for m in INNER_MODELS.values() if all(f"{block}{name}" in tensors for name in m.weight_names)]
+    return max(found, key=lambda m: m.num_maps, default=INNER_MODELS["linear"]).name

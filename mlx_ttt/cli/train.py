@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import TTTError
+from ..network.inner import INNER_MODELS
 from .command import CONTEXT, INTERRUPTED, Command, Interrupt, only_the_first_shows
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _TINY_VOCABULARY = 2_048
 @click.option(
     "--preset", type=click.Choice(["tiny", "125m", "350m", "760m", "1.3b"]), help="Train a new model: its size."
 )
-@click.option("--layer", type=click.Choice(["linear", "mlp"]), show_default="linear", help="Its TTT layers.")
+@click.option("--layer", type=click.Choice(list(INNER_MODELS)), show_default="linear", help="Its TTT layers.")
 @click.option("--from", "source", metavar="MODEL", help="Or train on from a model directory, or org/name on the Hub.")
 @click.option(
     "--tokenizer",

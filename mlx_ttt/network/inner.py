@@ -20,11 +20,13 @@ class InnerModel:
         name: as `ttt_layer_type` in a config has it.
         title: as the paper has it.
         widths: of x_1, ..., x_L and of the output, in head dimensions.
+        base_lr: η_base of the paper, the learning rate of released models (section 2.7). A config has its own.
     """
 
     name: str
     title: str
     widths: tuple[int, ...]
+    base_lr: float
 
     @property
     def num_maps(self) -> int:
@@ -63,6 +65,6 @@ class InnerModel:
         return sum(self.row_widths(head_dim).values())
 
 
-TTT_LINEAR = InnerModel("linear", "TTT-Linear", (1, 1))
-TTT_MLP = InnerModel("mlp", "TTT-MLP", (1, 4, 1))
+TTT_LINEAR = InnerModel("linear", "TTT-Linear", (1, 1), base_lr=1.0)
+TTT_MLP = InnerModel("mlp", "TTT-MLP", (1, 4, 1), base_lr=0.1)
 INNER_MODELS = {inner.name: inner for inner in (TTT_LINEAR, TTT_MLP)}

@@ -30,6 +30,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..network.args import ModelArgs
+from ..network.inner import INNER_MODELS
 from ..network.model import Model
 
 PAPER_LENGTH = 2048  # tokens a sequence
@@ -66,7 +67,7 @@ class Preset:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             ttt_layer_type=layer,
-            ttt_base_lr=INNER_LR[layer],
+            ttt_base_lr=INNER_MODELS[layer].base_lr,
             pre_conv=True,
             share_qk=True,
             use_gate=True,
@@ -87,8 +88,7 @@ PRESETS = {
 # A model that is trained on: a tenth of the paper's rate, so that it does not forget what it knows.
 FROM_MODEL = Defaults(100, 4096, batch_size=4, lr=3e-4, end_lr=3e-5, weight_decay=0.05)
 
-INNER_LR = {"linear": 1.0, "mlp": 0.1}
-INNER_LR_START = {"linear": None, "mlp": 0.01}  # TTT-MLP: rises to INNER_LR during the warm-up
+INNER_LR_START = {"mlp": 0.01}  # of TTT-MLP; it rises to its base learning rate during the warm-up
 
 
 def initialize(model: Model, seed: int) -> None:
@@ -96,7 +96,7 @@ def initialize(model: Model, seed: int) -> None:
     mx.random.seed(seed)
     start: list[tuple[str, Any]] = []
     for name, parameter in dict(tree_flatten(model.parameters())).items():
-        if re.search(r"(proj|embed_tokens|lm_head)\.weight$|\.W[12]$|learnable_ttt_lr_weight$", name):
+        if re.search(r"(proj|embed_tokens|lm_head)\.weight$|\.W\d$|learnable_ttt_lr_weight$", name):
             start.append((name, mx.random.normal(parameter.shape, scale=0.02)))
         elif re.search(r"conv(_[qk])?\.weight$", name):
             bound = math.sqrt(3 / parameter.shape[1])  # [C, kernel, 1]: a variance of 1 / kernel

@@ -86,7 +86,7 @@ class Options:
             weight_decay=self.weight_decay,
             clip=self.clip,
             dtype=self.dtype,
-            inner_lr_start=None if self.layer is None else presets.INNER_LR_START[self.layer],
+            inner_lr_start=None if self.layer is None else presets.INNER_LR_START.get(self.layer),
         )
 
 

@@ -18,7 +18,7 @@ from .eager import EagerOperations
 from .texts import error
 
 H, D, K = 2, 12, 6  # of the model whose token factors are used
-INNER = [TTT_LINEAR, TTT_MLP, InnerModel("deep", "three maps, of which one narrows", (1, 3, 2, 1))]
+INNER = [TTT_LINEAR, TTT_MLP, InnerModel("deep", "three maps, of which one narrows", (1, 3, 2, 1), base_lr=1.0)]
 
 
 def layer_norm(z, gamma, beta):

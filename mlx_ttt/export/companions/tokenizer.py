@@ -22,6 +22,8 @@ _COMPONENTS = {
 }
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
+_WITHOUT = "; a Core ML package can be exported without a tokenizer, with --no-companions"
+
 
 def write_tokenizer(out: Path, model: Path) -> None:
     """Copy the tokenizer's files.
@@ -47,11 +49,11 @@ def write_tokenizer(out: Path, model: Path) -> None:
 def _refuse_unknown(content: Json, file: Path) -> None:
     kind = content["model"].get("type")
     if kind not in _MODELS:
-        raise TokenizerError(f"{file}: the Swift package has no {kind} model; export with --no-companions")
+        raise TokenizerError(f"{file}: our Swift package has no {kind} model{_WITHOUT}")
     for part, known in _COMPONENTS.items():
         for component in _components(content.get(part)):
             if (kind := component["type"]) not in known.split():
-                raise TokenizerError(f"{file}: the Swift package has no {part} {kind}; export with --no-companions")
+                raise TokenizerError(f"{file}: our Swift package has no {part} {kind}{_WITHOUT}")
 
 
 def _components(part: Json | None) -> Iterator[Json]:
