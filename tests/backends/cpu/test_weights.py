@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,65 @@ def test_instruction_sets(options, tmp_path):
                 room, y = np.empty(m * code.room(struct, k), np.float32), np.empty((m, 21), np.float32)
                 code.multiply(struct, ctypes.c_size_t(m), k, *(a.ctypes.data_as(ctypes.c_void_p) for a in (x, room, y)))
                 assert_product(y, x, layer)
+
+
+MAIN = (
+    EXPORTED
+    + """
+#include <stdio.h>
+#include <stdlib.h>
+static void *numbers(size_t count, size_t size)
+{
+    void *p = malloc(count * size + 64); /* MLX's arrays have room behind them, too */
+    return fread(p, size, count, stdin) == count ? p : (exit(1), p);
+}
+int main(void)
+{
+    int given[6]; /* n, kind, bits, group, k, m */
+    while (fread(given, sizeof given, 1, stdin)) {
+        const size_t n = given[0], bits = given[2], k = given[4], m = given[5], groups = bits ? n * k / given[3] : 0;
+        struct weights w = {.n = n, .kind = given[1], .bits = bits, .group = given[3]};
+        w.at = bits ? numbers(n * k * bits / 32, 4) : numbers(n * k, 2);
+        w.scales = numbers(groups, 2);
+        w.biases = numbers(groups, 2);
+        const float *x = numbers(m * k, 4);
+        float *y = malloc(m * n * 4), *whole = malloc(n * k * 4);
+        multiply(&w, m, k, x, malloc(m * room(&w, k) * 4), y);
+        rows(&w, k, whole);
+        fwrite(whole, 4, n * k, stdout);
+        fwrite(y, 4, m * n, stdout);
+    }
+    return 0;
+}
+"""
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("qemu-aarch64") is None, reason="no qemu-aarch64: Debian's qemu-user")
+def test_on_arm(tmp_path):
+    """With NEON's registers, by a processor that is emulated."""
+    source, made = tmp_path / "main.c", tmp_path / "main"
+    source.write_text(MAIN)
+    flags = [flag for flag in library._FLAGS if flag not in ("-march=native", "-shared", "-fPIC")]
+    zig = [sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-linux-musl", "-static"]
+    subprocess.run([*zig, *flags, f"-I{C}", "-w", str(source), "-o", str(made)], check=True)
+    cases, given = [], bytearray()
+    for bits, group in [(None, 0), *itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]:
+        for dtype, columns, m in itertools.product((mx.float16, mx.bfloat16), (128, 640), (1, 3, 7)):
+            layer = linear(21, columns, bits, group, dtype)
+            x = np.random.RandomState(m).standard_normal((m, columns)).astype(np.float32)
+            kind = 1 if dtype == mx.float16 else 2
+            given += np.array([21, kind, bits or 0, group, columns, m], np.int32).tobytes()
+            parts = [layer.weight, *((layer.scales, layer.biases) if bits else ())]
+            given += b"".join(bytes(memoryview(p.view(mx.uint8))) for p in parts) + x.tobytes()
+            cases.append((layer, x))
+    run = subprocess.run(["qemu-aarch64", made], input=bytes(given), capture_output=True, check=True)
+    answers = iter(np.frombuffer(run.stdout, np.float32))
+    for layer, x in cases:
+        w = np.fromiter(answers, np.float32, 21 * x.shape[1]).reshape(21, -1)
+        assert np.allclose(w, matrix(layer), rtol=1e-6, atol=1e-5)
+        assert_product(np.fromiter(answers, np.float32, 21 * len(x)).reshape(-1, 21), x, layer)
 
 
 @pytest.mark.slow
