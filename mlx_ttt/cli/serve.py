@@ -76,8 +76,9 @@ def serve(
     if api_key is not None and not api_key.isprintable():
         raise TTTError("--api-key has characters that cannot be sent; take letters and digits")
     try:
+        from ..serve.address import listen
         from ..serve.engine import Room
-        from ..serve.server import Limits, Settings, front, listen, run
+        from ..serve.server import Limits, Settings, front, run
     except ModuleNotFoundError as error:
         raise TTTError(f"serve needs {error.name}: pip install 'mlx-ttt[serve]'") from None
 

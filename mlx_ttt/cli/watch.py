@@ -125,14 +125,14 @@ def _serve(text: str | None, title: str, model: str | None, at: tuple[str, int])
         raise TTTError(f"--serve needs {' and '.join(missing)}: pip install 'mlx-ttt[serve]'")
 
     from ..loading import load
-    from ..serve.address import is_loopback
+    from ..serve.address import is_loopback, listen
     from ..watch.live import Event, Session
     from ..watch.page import Subject, live_page
     from ..watch.reading import RESET
-    from ..watch.server import Watcher, listening, serve
+    from ..watch.server import Watcher, serve
 
     host, port = at
-    with listening(host, port) as listener:  # fails before the model is loaded
+    with listen(host, port) as listener:  # fails before the model is loaded
 
         def make_session(publish: Callable[[Event], None]) -> tuple[Session, str]:
             network, tokenizer = load(model)

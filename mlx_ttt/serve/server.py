@@ -15,9 +15,8 @@ from pathlib import Path
 
 import uvicorn
 
-from ..errors import TTTError
 from ..loading import load
-from .address import is_loopback
+from .address import ServeError, is_loopback
 from .app import Access, Front
 from .engine import Engine, Room
 from .metrics import Metrics
@@ -26,10 +25,6 @@ from .states import States
 from .worker import Worker
 
 log = logging.getLogger("mlx_ttt.serve")
-
-
-class ServeError(TTTError):
-    """A server that cannot start."""
 
 
 @dataclass(frozen=True)
@@ -105,28 +100,6 @@ def _engine(settings: Settings, name: str, path: str | None, metrics: Metrics) -
         except (OSError, UnicodeDecodeError) as error:
             raise ServeError(f"--chat-template {settings.chat_template}: {error}") from error
     return engine
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        ServeError: there is no such address, or the port is in use or not allowed.
-    """
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(2048)
-        except OSError:
-            listener.close()
-            raise
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise ServeError(f"cannot listen on {host} port {port}: {why}; choose another with --host or --port") from error
-    return listener
 
 
 class _Server(uvicorn.Server):

@@ -25,7 +25,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..errors import OutputError, TTTError
+from ..errors import TTTError
 from ..serve.address import is_loopback
 from .live import SIDES, START, Event, Session, Turn
 
@@ -289,28 +289,6 @@ class OnlyTrustedHosts:
         except ValueError:
             return False
         return address.is_loopback or not self._loopback_only
-
-
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        made = socket.socket(family, socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            made.bind((host, port))
-            made.listen()
-        except OSError:
-            made.close()
-            raise
-    except (OSError, OverflowError) as error:
-        what = getattr(error, "strerror", None) or str(error)
-        raise OutputError(f"cannot listen at {host}, port {port}: {what.lower()}; choose another --port") from None
-    return made
 
 
 def serve(watcher: Watcher, at: socket.socket, host: str) -> None:

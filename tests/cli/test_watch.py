@@ -71,7 +71,7 @@ def test_a_port_in_use():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert_one_line(run("watch", "--serve", "--port", str(port)), f"port {port}: address already in use")
+        assert_one_line(run("watch", "--serve", "--port", str(port)), f"port {port}: Address already in use")
 
 
 def test_serve_without_its_packages(monkeypatch):
