@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .errors import OutputError
+
 
 @contextmanager
 def written_whole(file: Path, suffix: str = "") -> Iterator[Path]:
@@ -23,3 +25,19 @@ def written_whole(file: Path, suffix: str = "") -> Iterator[Path]:
         complete = Path(beside) / f"{file.name}{suffix}"
         yield complete
         os.replace(complete, file)
+
+
+def output_file(file: str | Path) -> Path:
+    """The path that is to be written, with links followed. Lets a caller check it before a long computation.
+
+    Raises:
+        OutputError: there is something else than a file, or the folder does not exist or is not writable.
+    """
+    path = Path(os.path.realpath(file))
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{file}: exists and is not a file; choose another name")
+    if not path.parent.is_dir():
+        raise OutputError(f"{file}: there is no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise OutputError(f"{file}: the folder is not writable")
+    return path

@@ -14,6 +14,7 @@ import click
 
 from ..backends.cpu import library
 from ..errors import TTTError
+from ..files import output_file
 from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress, only_the_first_shows
 from .notes import Notes
 from .sampling import learning_option, make_sampler, sampling_options
@@ -98,7 +99,7 @@ def generate(
         verbose = verbose and (group is None or group.rank() == 0)
         notes = None if observe is None else Notes(observe)
         if save_state is not None:
-            states.state_file(save_state)  # fails now rather than after an hour of reading
+            output_file(save_state)  # fails now rather than after an hour of reading
         if seed is not None:
             mx.random.seed(seed)
         network, tokenizer = load(model, group=group)

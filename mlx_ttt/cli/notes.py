@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import OutputError, TTTError
-from ..files import written_whole
+from ..files import output_file, written_whole
 
 if TYPE_CHECKING:
     from ..text.generation import ObservedResponse
@@ -26,13 +25,9 @@ class Notes:
     """
 
     def __init__(self, file: str):
-        self._file = Path(file)
-        if self._file.suffix not in (".npz", ".jsonl"):
+        if Path(file).suffix not in (".npz", ".jsonl"):
             raise TTTError(f"--observe {file}: the name must end in .npz or .jsonl")
-        if self._file.exists() and not self._file.is_file():
-            raise OutputError(f"{file}: exists and is not a file; choose another name")
-        if not os.access(self._file.parent, os.W_OK):
-            raise OutputError(f"{file}: the folder does not exist or is not writable")
+        self._file = output_file(file)
         self._tokens: list[dict] = []
 
     def add(self, response: ObservedResponse) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import OutputError, TTTError
-from ..files import written_whole
+from ..files import output_file, written_whole
 from .command import CONTEXT, Command, Progress, Rows, show_table, text_of
 from .mlx_lm import MLXLM
 
@@ -194,11 +193,9 @@ def _check_plot(plot: str) -> None:
     """Find out before an hour of reading whether the figure can be written."""
     if importlib.util.find_spec("matplotlib") is None:
         raise TTTError("--plot needs matplotlib: pip install matplotlib")
-    path = Path(plot)
-    if path.suffix.lower() != ".png":
+    if Path(plot).suffix.lower() != ".png":
         raise OutputError(f"--plot {plot}: the name must end in .png")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--plot {plot}: cannot be written there")
+    output_file(plot)
 
 
 def _draw(ways: Sequence[_Way], plot: str, title: str) -> None:

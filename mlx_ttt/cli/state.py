@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import StateError, TTTError
+from ..files import output_file
 from .command import CONTEXT, Command, Group, Rows, show_table
 
 if TYPE_CHECKING:
@@ -264,9 +265,9 @@ def freeze(file: str, out: str, model: str | None) -> None:
 
 def _make(out: str, model: str | None, files: tuple[str, ...], operation: Callable[..., TextState]) -> None:
     """Save what an operation makes of the states in some files."""
-    from ..text.state import save_state, state_file
+    from ..text.state import save_state
 
-    state_file(out)  # fails before the model is loaded
+    output_file(out)  # fails before the model is loaded
     network, tokenizer, texts = _opened(model, *files)
     made = operation(network, *texts)
     _check_finite(made, out)

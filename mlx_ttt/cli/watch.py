@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..errors import OutputError, TTTError
-from ..files import written_whole
+from ..files import output_file, written_whole
 from .command import CONTEXT, Command, Progress, text_of
 
 MOST_BYTES = 64 << 20  # of a text: more tokens than a page can hold
@@ -81,7 +81,7 @@ def _write(text: str, text_file: str, title: str, how: tuple[str | None, int | N
     with Progress("reading", at_least=4096) as progress:
         reading = read_text(network, tokenizer, ids, reset, progress)
     page = report(reading, Subject.of(title, network)).encode()
-    _replace(out, page)
+    _replace(output_file(out), page)
     gain = f", {reading.gain:.3f} nats a token saved by remembering" if reading.reset_every else ""
     click.echo(f"{out}: {len(ids)} tokens{gain}, {len(page) / 1e6:.1f} MB")
 
@@ -98,14 +98,10 @@ def _content(file: str) -> str:
 
 def _output(out: str) -> Path:
     """Finds out before an hour of reading whether the page can be written."""
-    path = Path(out)
-    if path.suffix.lower() not in (".html", ".htm"):
+    if Path(out).suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"--output {out}: the name must end in .html")
-    if path.exists() and not path.is_file():
-        raise OutputError(f"--output {out}: exists and is not a file; choose another name")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"--output {out}: the folder does not exist or is not writable")
-    return path
+    output_file(out)
+    return Path(out)
 
 
 def _replace(path: Path, content: bytes) -> None:

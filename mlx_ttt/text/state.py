@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.safetensors import read_safetensors
 from ..errors import CheckpointError, OutputError, PromptError, StateError
-from ..files import written_whole
+from ..files import output_file, written_whole
 from ..network.cache import TTTCache
 from ..network.learning_scale import Scale
 from ..network.model import Model
@@ -193,7 +192,7 @@ def save_state(file: str | Path, state: TextState, model: Model, tokenizer: Toke
     Raises:
         OutputError: the file cannot be written. An older file of this name then stays as it was.
     """
-    file = state_file(file)
+    file = output_file(file)
     text = {"tokens": json.dumps(state.tokens)}
     # A reader of the first version knows nothing else, so it must refuse a state that it would go on with wrongly.
     is_first_version = state.learning == 1 and not state.cache[0].is_trimmable()
@@ -210,22 +209,6 @@ def save_state(file: str | Path, state: TextState, model: Model, tokenizer: Toke
             save_prompt_cache(str(complete), state.cache, metadata)
     except (OSError, RuntimeError) as error:
         raise OutputError(f"{file}: the state cannot be written: {error}") from error
-
-
-def state_file(file: str | Path) -> Path:
-    """The path that `save_state` writes to, with links followed. Lets a caller check it before a long computation.
-
-    Raises:
-        OutputError: there is something else than a file, or the folder does not exist or is not writable.
-    """
-    path = Path(os.path.realpath(file))
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{file}: exists and is not a file; choose another name for the state")
-    if not path.parent.is_dir():
-        raise OutputError(f"{file}: there is no such folder")
-    if not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{file}: the folder is not writable")
-    return path
 
 
 def load_state(file: str | Path, model: Model, tokenizer: TokenizerWrapper) -> TextState:

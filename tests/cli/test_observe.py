@@ -42,7 +42,7 @@ def test_learning_rates_are_scaled(tmp_path):
     ("options", "message"),
     [
         (["--observe", "a.txt"], r"--observe a.txt: the name must end in .npz or .jsonl"),
-        (["--observe", "nowhere/a.npz"], r"nowhere/a.npz: the folder does not exist or is not writable"),
+        (["--observe", "nowhere/a.npz"], r"nowhere/a.npz: there is no such folder"),
         (["--observe", "a.npz", "-n", 2], "--observe is for one text"),
         (["--observe", "a.npz", "-m", 0, "--save-state", "s"], "--observe is for one text"),
         (["--observe", "a.npz", "--draft-model", "x"], "do not go together with --draft-model"),

@@ -102,7 +102,7 @@ def test_plot_without_matplotlib(text, tmp_path, monkeypatch):
         (["--text", sys.executable], "not UTF-8 text"),
         (["--text", "tests/__init__.py"], "tests/__init__.py: is empty"),
         (["--text", "README.md", "--model", "nowhere"], "nowhere: no such model directory"),
-        (["--text", "README.md", "--plot", "no/such/folder/a.png"], "cannot be written there"),
+        (["--text", "README.md", "--plot", "no/such/folder/a.png"], "there is no such folder"),
         (["--text", "README.md", "--plot", "a.pdf"], "must end in .png"),
     ],
 )

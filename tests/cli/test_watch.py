@@ -52,7 +52,7 @@ def test_what_is_refused(book, monkeypatch):
         (("folder.html", "-o", "a.html"), "folder.html: Is a directory"),
         (("book.txt", "-o", "a.txt"), "the name must end in .html"),
         (("book.txt", "-o", "folder.html"), "exists and is not a file"),
-        (("book.txt", "-o", "nowhere/a.html"), "the folder does not exist"),
+        (("book.txt", "-o", "nowhere/a.html"), "there is no such folder"),
         (("book.txt", "-o", "a.html", "--model", "nowhere"), "nowhere: no such model directory"),
         (("--serve", "-o", "a.html"), "leave out --output"),
     ]:
