@@ -28,10 +28,10 @@ SIZES = {  # hidden size, intermediate size, layers, heads
 
 def make(folder: Path, size: str, kind: str) -> None:
     """A random float16 model with all flags set."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
+    from mlx_ttt.model import Model, ModelArgs  # before MLX, so that OpenBLAS is found
 
-    from mlx_ttt.model import Model, ModelArgs
+    import mlx.core as mx  # isort: skip
+    from mlx.utils import tree_flatten  # isort: skip
 
     hidden, intermediate, layers, heads = SIZES[size]
     args = ModelArgs(
