@@ -75,14 +75,15 @@ def _write_description(package: Path, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the network
 
 
-def greedy(model: Model, ids: Sequence[int], count: int) -> list[int]:
-    """The likeliest continuation, with no token at which it ends."""
-    cache, found = model.make_cache(), []
+def greedy(model: Model, ids: Sequence[int], count: int) -> tuple[list[int], list[list[float]]]:
+    """The likeliest continuation, with no token at which it ends; and at each place the two best logits."""
+    cache, found, best = model.make_cache(), [], []
     logits = model(mx.array([list(ids)]), cache)
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
+        best.append([round(x, 6) for x in sorted(logits[0, -1].tolist())[:-3:-1]])
         logits = model(mx.array([found[-1:]]), cache)
-    return found
+    return found, best
 
 
 def write_continuations(out: Path) -> None:
@@ -94,10 +95,10 @@ def write_continuations(out: Path) -> None:
             _, tokenizer = mlx_ttt.load()
             ids = tokenizer.encode(PROMPT)
             found = {"prompt": PROMPT, "fingerprint": fingerprint(model, tokenizer)}
-        continuation = greedy(model, ids, 300)
+        continuation, best = greedy(model, ids, 300)
         if name == "linear":
             found["greedy_text"] = tokenizer.decode(continuation)
-        found |= {"prompt_ids": ids, "greedy_ids": continuation}
+        found |= {"prompt_ids": ids, "greedy_ids": continuation, "best_logits": best}
         write_json(out / f"{name}.json", found)
         text = mx.array([[*ids, *continuation][: POSITIONS[-1] + 1]])
         logits = model(text)[0, list(POSITIONS)]

@@ -26,6 +26,9 @@ def test_the_bundled_model():
     model.set_dtype(mx.float32)
     logits = np.array(model(arrays["ids"][None])[0, arrays["positions"].tolist()])
     np.testing.assert_allclose(logits, np.array(arrays["logits"]), atol=1e-4)
+    text = mx.array([[*expected["prompt_ids"], *expected["greedy_ids"]]])
+    after = np.array(model(text)[0, len(expected["prompt_ids"]) - 1 : -1])
+    np.testing.assert_allclose(np.sort(after)[:, :-3:-1], np.array(expected["best_logits"]), atol=1e-4)
 
 
 def test_the_saved_state():
