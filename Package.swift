@@ -3,15 +3,18 @@
 import Foundation
 import PackageDescription
 
-// Core ML exists on Apple's systems only. On Linux a stand-in of that name lets the very same files compile and run.
+// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile and run.
 #if os(Linux)
 let standIns: [Target] = [
-    .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML")
+    .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML"),
+    .target(
+        name: "CoreAI", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreAI",
+        swiftSettings: [.enableExperimentalFeature("Lifetimes")]),
 ]
-let coreML: [Target.Dependency] = ["CoreML"]
+let frameworks: [Target.Dependency] = ["CoreML", "CoreAI"]
 #else
 let standIns: [Target] = []
-let coreML: [Target.Dependency] = []
+let frameworks: [Target.Dependency] = []
 #endif
 
 // The copy beside an exported package comes without tests.
@@ -23,7 +26,7 @@ let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageD
             name: "TTTReferenceTests", dependencies: ["TTTFormats", "TTTReference", "TTTTestSupport"],
             path: "\(testsPath)/TTTReferenceTests"),
         .testTarget(
-            name: "TTTKitTests", dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport"] + coreML,
+            name: "TTTKitTests", dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport"] + frameworks,
             path: "\(testsPath)/TTTKitTests"),
         .testTarget(
             name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],
@@ -37,9 +40,9 @@ let package = Package(
     targets: [
         .target(name: "TTTFormats", path: "swift/Sources/TTTFormats"),
         .target(name: "TTTReference", dependencies: ["TTTFormats"], path: "swift/Sources/TTTReference"),
-        .target(name: "TTTKit", dependencies: ["TTTFormats"] + coreML, path: "swift/Sources/TTTKit"),
+        .target(name: "TTTKit", dependencies: ["TTTFormats"] + frameworks, path: "swift/Sources/TTTKit"),
         .target(
-            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"],
+            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"] + frameworks,
             path: "swift/Sources/TTTCommand"),
         .executableTarget(name: "ttt", dependencies: ["TTTCommand"], path: "swift/Sources/ttt"),
     ] + standIns + tests,

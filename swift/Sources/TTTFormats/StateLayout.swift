@@ -8,6 +8,8 @@ package struct StateLayout: Sendable, Equatable {
     package let shape: [Int]
     package let headDim: Int
     package let miniBatchSize: Int
+    /// The rows of each part of the description.
+    package let extents: [String: Range<Int>]
     private let parts: [Part]
 
     private struct Part: Equatable {
@@ -52,7 +54,7 @@ package struct StateLayout: Sendable, Equatable {
         guard let miniBatchSize = extents["k"]?.count, miniBatchSize > 0,
             ["k", "conv", "conv_qk"].allSatisfy({ extents[$0]?.count ?? 0 <= Self.largest })
         else { throw damage }
-        (self.shape, self.headDim, self.miniBatchSize) = (shape, headDim, miniBatchSize)
+        (self.shape, self.headDim, self.miniBatchSize, self.extents) = (shape, headDim, miniBatchSize, extents)
         parts = try Self.parts(extents, heads: shape[1], headDim: headDim).map { part in
             guard let part else { throw damage }
             return part
