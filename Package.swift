@@ -33,6 +33,16 @@ let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageD
             path: "\(testsPath)/TTTCommandTests"),
     ] : []
 
+// What the sample app does, without its views, so that it is tested here. The app compiles these files itself.
+let readerPath = "examples/Reader"
+let reader: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(readerPath)")
+    ? [
+        .target(name: "ReaderCore", dependencies: ["TTTKit"] + frameworks, path: "\(readerPath)/ReaderCore"),
+        .testTarget(
+            name: "ReaderCoreTests", dependencies: ["ReaderCore", "TTTKit", "TTTFormats", "TTTTestSupport"] + frameworks,
+            path: "\(readerPath)/ReaderCoreTests"),
+    ] : []
+
 let package = Package(
     name: "TTTKit",
     platforms: [.macOS(.v15), .iOS(.v18), .tvOS(.v18), .visionOS(.v2), .watchOS(.v11)],
@@ -45,6 +55,6 @@ let package = Package(
             name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"] + frameworks,
             path: "swift/Sources/TTTCommand"),
         .executableTarget(name: "ttt", dependencies: ["TTTCommand"], path: "swift/Sources/ttt"),
-    ] + standIns + tests,
+    ] + standIns + tests + reader,
     swiftLanguageModes: [.v6]
 )

@@ -11,6 +11,10 @@ public actor TTTGenerator {
     public private(set) var position = 0
     /// How fast the last call was.
     public private(set) var speed = TTTSpeed()
+    /// Why the last call stopped writing; nil if it was cancelled, failed, or still runs.
+    public private(set) var stop: TTTStop?
+    /// Tokens of a prompt that a cancelled call has not read. The next call reads them first.
+    public var unreadTokens: Int { max(unread.count - 1, 0) }
     /// The last tokens that the model has read: the detokenizer and the penalty of repetitions look back at them.
     private var context: [Int] = []
     /// The tokens after those. Between calls it is the last of the text: reading it is the first step to the next.
@@ -89,6 +93,19 @@ public actor TTTGenerator {
         stream(.chat(try template(messages)), options, progress)
     }
 
+    /// Waits until the calls that were made before have ended: one that was cancelled ends a little later.
+    public func settle() async {
+        await takeTurn()
+        endTurn()
+    }
+
+    /// Gives back memory that is not needed before the next prompt; for memory warnings. The text stays as it is.
+    public func giveBackMemory() async {
+        await takeTurn()
+        defer { endTurn() }
+        await model.giveBackMemory()
+    }
+
     /// Forgets the text.
     public func reset() async throws {
         await takeTurn()
@@ -159,7 +176,7 @@ public actor TTTGenerator {
         try options.check()
         await takeTurn()
         defer { endTurn() }
-        speed = TTTSpeed()
+        (speed, stop) = (TTTSpeed(), nil)
         let started = Date()
         try append(prompt)
         let endTokens = options.endTokens ?? model.info.endTokens
@@ -181,13 +198,20 @@ public actor TTTGenerator {
             unread = [token]
             speed.tokens = count
             speed.seconds = now.timeIntervalSince(started) - speed.promptSeconds
-            if endTokens.contains(token) { break }
+            if endTokens.contains(token) {
+                stop = .endToken
+                break
+            }
             let piece = text.append(detokenizer.append(token))
             if !piece.isEmpty { show(piece) }
-            if text.isStopped { return }
+            if text.isStopped {
+                stop = .stopString
+                return
+            }
         }
         let rest = text.finish()
         if !rest.isEmpty { show(rest) }
+        stop = stop ?? .length
     }
 
     /// Puts text behind what is there, for the model to read.
@@ -263,6 +287,16 @@ public actor TTTGenerator {
             waiting.removeFirst().resume()
         }
     }
+}
+
+/// Why a text ended.
+public enum TTTStop: Sendable, Equatable {
+    /// `TTTOptions.maxTokens` are written.
+    case length
+    /// The model wrote one of the tokens at which texts end.
+    case endToken
+    /// A text of `TTTOptions.stopStrings` came.
+    case stopString
 }
 
 /// How fast a text was read and written.

@@ -34,6 +34,14 @@ public protocol TTTModel: Sendable {
 
     /// Back to the state before the first token.
     func reset() async throws
+
+    /// Gives back what can be loaded again when it is needed. The state stays.
+    func giveBackMemory() async
+}
+
+extension TTTModel {
+    /// Does nothing: not every model has something to give back.
+    public func giveBackMemory() async {}
 }
 
 /// What a package says of itself: no number of a certain model is written down in this code.
