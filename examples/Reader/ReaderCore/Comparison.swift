@@ -5,7 +5,7 @@ import TTTKit
 /// Two states side by side: both go on with the same prompt, in turns on one model.
 @MainActor
 @Observable
-final class Comparison {
+final class Comparison: Identifiable {
     struct Side: Identifiable, Equatable {
         let id: Int
         let title: String
@@ -30,14 +30,20 @@ final class Comparison {
         self.tokensPerTurn = tokensPerTurn
     }
 
-    /// Each side begins at its state again. The text that the generator was at is lost: remember it before.
+    /// Each side begins at its state again. At the end the generator is back at the text that it was at.
     func start(_ prompt: String, options: TTTOptions) {
         guard task == nil else { return }
         (isWriting, problem) = (true, nil)
         for side in sides.indices { (sides[side].text, sides[side].isFinished) = (prompt, false) }
         task = Task {
             do {
-                try await write(prompt, options)
+                let before = try await generator.state()
+                do {
+                    try await write(prompt, options)
+                } catch {
+                    problem = Problem(error)
+                }
+                try await generator.restore(before)
             } catch {
                 problem = Problem(error)
             }

@@ -95,6 +95,11 @@ final class ReadingSession {
         }
     }
 
+    /// Sets two states side by side. What this session has read stays.
+    func comparison(of states: [SavedState]) -> Comparison {
+        Comparison(states, generator: generator, shelf: shelf)
+    }
+
     // MARK: - What the system does
 
     /// Stops, and keeps the state. Call it while the system still gives time.

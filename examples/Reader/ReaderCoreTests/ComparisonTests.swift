@@ -45,6 +45,21 @@ final class ComparisonTests: ReaderTestCase {
         XCTAssertTrue(comparison.sides.allSatisfy(\.isFinished))
     }
 
+    @MainActor func testTheSessionStaysWhereItWas() async throws {
+        let shelf = StateShelf(folder: states)
+        let two = try await saved(["Once", "Twice"], shelf)
+        let session = ReadingSession(generator: try generator(), shelf: shelf, options: TTTOptions(maxTokens: 9))
+        session.open(Book(file: try write("A third text", to: "Third.txt")))
+        await session.finish()
+        let comparison = session.comparison(of: two)
+        comparison.start(" and", options: TTTOptions(maxTokens: 10))
+        await comparison.finish()
+        session.goOn()
+        await session.finish()
+        let alone = try await expected("A third text", 9)
+        XCTAssertEqual(session.written, alone)
+    }
+
     @MainActor func testStops() async throws {
         let shelf = StateShelf(folder: states)
         let states = try await saved(["Once", "Twice"], shelf)
