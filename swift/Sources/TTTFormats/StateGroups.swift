@@ -18,7 +18,9 @@ package struct StateGroups: Sendable, Equatable {
     /// - Throws: `TTTError.notATTTPackage` if its groups do not hold every part once.
     package init(_ description: JSON, layout: StateLayout) throws {
         let damage = TTTError.notATTTPackage("com.mlx-ttt.state describes no groups")
-        guard let members = description["groups"]?.members else { throw damage }
+        guard let members = description["groups"]?.members,
+            members.reduce(0, { $0 + ($1.value.array?.count ?? 0) }) == layout.extents.count
+        else { throw damage }
         groups = try members.map { group in
             let rows = try (group.value.array ?? []).flatMap { part in
                 guard let rows = part.string.flatMap({ layout.extents[$0] }) else { throw damage }

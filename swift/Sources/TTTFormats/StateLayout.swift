@@ -39,8 +39,8 @@ package struct StateLayout: Sendable, Equatable {
     package init(_ description: JSON) throws {
         let damage = TTTError.notATTTPackage("com.mlx-ttt.state describes no state")
         guard let shape = description["shape"]?.array?.compactMap(\.int), shape.count == 4,
-            shape.allSatisfy({ (1...1_000_000).contains($0) }), shape.reduce(1.0, { $0 * Double($1) }) < 1e10,
-            let headDim = description["head_dim"]?.int, headDim > 0, headDim <= min(shape[3], Self.largest),
+            shape.allSatisfy({ (1...1_000_000).contains($0) }), shape.reduce(1.0, { $0 * Double($1) }) < 1e9,
+            let headDim = description["head_dim"]?.int, headDim > 0, headDim <= shape[3], shape[3] <= Self.largest,
             headDim % 2 == 0,
             let members = description["parts"]?.members
         else { throw damage }

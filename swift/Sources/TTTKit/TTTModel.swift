@@ -59,11 +59,16 @@ public struct TTTModelInfo: Sendable, Equatable {
     /// How the large matrices are stored, such as "float16" or "int8".
     public let weights: String
 
+    /// Of tokens, known or in a block; no model is near it. They are 32-bit integers on their way.
+    private static let most = 10_000_000
+
     public init(
         miniBatchSize: Int, vocabularySize: Int, prefillTokens: Int, endTokens: Set<Int>, fingerprint: String,
         weights: String = "float32"
     ) throws {
-        guard miniBatchSize > 0, vocabularySize > 0, prefillTokens > 0, prefillTokens % miniBatchSize == 0 else {
+        guard miniBatchSize > 0, (1...Self.most).contains(vocabularySize), (1...Self.most).contains(prefillTokens),
+            prefillTokens % miniBatchSize == 0
+        else {
             throw TTTError.notATTTPackage(
                 "mini-batches of \(miniBatchSize), blocks of \(prefillTokens), \(vocabularySize) tokens")
         }
