@@ -22,11 +22,15 @@ let testsPath = "swift/Tests"
 let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(testsPath)")
     ? [
         .target(name: "TTTTestSupport", dependencies: ["TTTFormats"], path: "\(testsPath)/Support"),
+        // What is tried from outside: killed while it saves; how long, how much memory. Tests and people start it.
+        .executableTarget(
+            name: "TTTTrials", dependencies: ["TTTFormats", "TTTKit", "TTTCommand"], path: "\(testsPath)/Trials"),
         .testTarget(
             name: "TTTReferenceTests", dependencies: ["TTTFormats", "TTTReference", "TTTTestSupport"],
             path: "\(testsPath)/TTTReferenceTests"),
         .testTarget(
-            name: "TTTKitTests", dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport"] + frameworks,
+            name: "TTTKitTests",
+            dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"] + frameworks,
             path: "\(testsPath)/TTTKitTests"),
         .testTarget(
             name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],

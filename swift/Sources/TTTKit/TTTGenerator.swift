@@ -154,7 +154,7 @@ public actor TTTGenerator {
     public func save(to file: URL) async throws {
         let state = try await state()
         do {
-            try StateFile.encoded(state).write(to: file, options: .atomic)
+            try WholeFile.write(StateFile.encoded(state), to: file)
         } catch {
             throw TTTError.unwritableFile(file.lastPathComponent, error.localizedDescription)
         }
