@@ -11,6 +11,7 @@ import TTTFormats
 /// are not settled yet.)
 @available(macOS 27, iOS 27, tvOS 27, visionOS 27, watchOS 27, *)
 public actor CoreAITTTModel: TTTModel {
+    /// What the package says of itself.
     public nonisolated let info: TTTModelInfo
     private let function: InferenceFunction
     private let layout: StateLayout
@@ -68,20 +69,30 @@ public actor CoreAITTTModel: TTTModel {
         arrays = try Self.zeros(groups, scalarType)
     }
 
+    /// Reads up to `info.prefillTokens` tokens at the start of a mini-batch; see `TTTModel`.
+    ///
+    /// - Throws: what the framework throws; then the state is lost, and `restore` or `reset` comes next.
     public func prefill(_ block: [Int], length: Int) async throws -> [Float] {
         try await read(Array(block.prefix(length)), position: 0)
     }
 
+    /// Reads one token; see `TTTModel`.
+    ///
+    /// - Throws: as `prefill`.
     public func decode(_ token: Int, position: Int) async throws -> [Float] {
         try await read([token], position: position)
     }
 
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
     public func state(position: Int) throws -> [LayerState] {
         guard let arrays else { throw TTTError.stateLost }
         let values = Dictionary(uniqueKeysWithValues: zip(Arrays.names, arrays.all.map(Self.numbers)))
         return layout.unpack(groups.together(values), start: start, offset: position)
     }
 
+    /// Takes up a state, rounded to the precision of the package; see `TTTModel`.
+    ///
+    /// - Throws: `TTTError.stateOfAnotherModel`.
     public func restore(_ state: [LayerState]) throws {
         guard state.count == start.count, zip(state, start).allSatisfy({ $0.hasShape(of: $1) }) else {
             throw TTTError.stateOfAnotherModel
@@ -90,6 +101,7 @@ public actor CoreAITTTModel: TTTModel {
         arrays = try Self.arrays(groups, scalarType) { values[$0.name] ?? [] }
     }
 
+    /// Back to the state before the first token.
     public func reset() throws {
         arrays = try Self.zeros(groups, scalarType)
     }

@@ -5,6 +5,7 @@ import TTTFormats
 
 /// A TTT model in a Core ML package.
 public actor CoreMLTTTModel: TTTModel {
+    /// What the package says of itself.
     public nonisolated let info: TTTModelInfo
     private let decoder: MLModel
     /// Nil after `giveBackMemory`, until it is needed.
@@ -69,16 +70,23 @@ public actor CoreMLTTTModel: TTTModel {
         }.value
     }
 
+    /// Reads up to `info.prefillTokens` tokens at the start of a mini-batch; see `TTTModel`.
+    ///
+    /// - Throws: what the framework throws; then the state is lost, and `restore` or `reset` comes next.
     public func prefill(_ block: [Int], length: Int) throws -> [Float] {
         let tokens = Self.integers(block, shape: [1, block.count])
         return try predict(["inputIds": tokens, "length": Self.integers([length], shape: [1])], isDecode: false)
     }
 
+    /// Reads one token; see `TTTModel`.
+    ///
+    /// - Throws: as `prefill`.
     public func decode(_ token: Int, position: Int) throws -> [Float] {
         let tokens = Self.integers([token], shape: [1, 1])
         return try predict(["inputIds": tokens, "position": Self.integers([position], shape: [1])], isDecode: true)
     }
 
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
     public func state(position: Int) throws -> [LayerState] {
         let contents: Data
         switch memory {
@@ -98,6 +106,9 @@ public actor CoreMLTTTModel: TTTModel {
         return layout.unpack(scalars, start: start, offset: position)
     }
 
+    /// Takes up a state, rounded to the precision of the package; see `TTTModel`.
+    ///
+    /// - Throws: `TTTError.stateOfAnotherModel`.
     public func restore(_ state: [LayerState]) throws {
         guard state.count == start.count, zip(state, start).allSatisfy({ $0.hasShape(of: $1) }) else {
             throw TTTError.stateOfAnotherModel
@@ -114,6 +125,7 @@ public actor CoreMLTTTModel: TTTModel {
         }
     }
 
+    /// Back to the state before the first token.
     public func reset() throws {
         var isSeparate = false
         if case .separate = memory { isSeparate = true }

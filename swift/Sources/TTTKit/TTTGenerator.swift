@@ -28,6 +28,11 @@ public actor TTTGenerator {
     /// Called with the tokens that have been read of a prompt, and their number in all.
     public typealias Progress = @Sendable (Int, Int) -> Void
 
+    /// A text before its first token.
+    ///
+    /// - Parameters:
+    ///   - model: which nobody else calls from now on: it keeps the state of this text.
+    ///   - tokenizer: that of the model.
     public init(model: any TTTModel, tokenizer: any TTTTokenizer) {
         self.model = model
         self.tokenizer = tokenizer
@@ -41,7 +46,9 @@ public actor TTTGenerator {
     ///
     /// - Parameters:
     ///   - prompt: text to read first. Empty: the text goes on where it stands.
-    ///   - progress: of the prompt.
+    ///   - options: how to choose tokens, and where to stop.
+    ///   - progress: of the prompt; called from wherever the model runs.
+    /// - Returns: a stream that throws `TTTError`, `CancellationError`, or what the framework throws.
     public nonisolated func generate(
         _ prompt: String = "", options: TTTOptions = TTTOptions(), progress: Progress? = nil
     ) -> AsyncThrowingStream<String, Error> {
@@ -75,7 +82,10 @@ public actor TTTGenerator {
     ///
     /// When its task is cancelled, what is left of the text is read by the next call.
     ///
-    /// - Parameter text: empty, to go on with what a cancelled call has left.
+    /// - Parameters:
+    ///   - text: empty, to go on with what a cancelled call has left.
+    ///   - progress: called from wherever the model runs, after each block.
+    /// - Throws: `CancellationError`, `TTTError.emptyPrompt`, `.stateLost`, or what the framework throws.
     public func read(_ text: String, progress: Progress? = nil) async throws {
         await takeTurn()
         defer { endTurn() }
@@ -87,6 +97,8 @@ public actor TTTGenerator {
     ///
     /// Control tokens that the template writes count as such only if the tokenizer finds them in texts, as tokenizers with a
     /// chat template do. For the first message of a text give all messages; later, those since the last answer.
+    ///
+    /// - Throws: `TTTError.unsupported` for messages that the template refuses.
     public nonisolated func answer(
         _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(), progress: Progress? = nil
     ) throws -> AsyncThrowingStream<String, Error> {
@@ -118,6 +130,8 @@ public actor TTTGenerator {
     // MARK: - The state
 
     /// The text as it stands, which is as large however long it is. A branch: this text goes on without it.
+    ///
+    /// - Throws: `TTTError.stateLost` after a call that failed midway.
     public func state() async throws -> TextState {
         await takeTurn()
         defer { endTurn() }
@@ -150,7 +164,10 @@ public actor TTTGenerator {
         return ["The state was made with \(weights) weights and goes on with \(info.weights): the text may differ a little."]
     }
 
-    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is.
+    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is, also if
+    /// the app is killed meanwhile.
+    ///
+    /// - Throws: `TTTError.unwritableFile`, `.stateLost`.
     public func save(to file: URL) async throws {
         let state = try await state()
         do {
@@ -301,12 +318,15 @@ public enum TTTStop: Sendable, Equatable {
 
 /// How fast a text was read and written.
 public struct TTTSpeed: Sendable, Equatable {
-    /// Tokens of the prompt, and the seconds until the first new token.
+    /// Tokens of the prompt.
     public internal(set) var promptTokens = 0
+    /// Seconds until the first new token.
     public internal(set) var promptSeconds = 0.0
-    /// New tokens, and the seconds between the first and the last of them.
+    /// New tokens.
     public internal(set) var tokens = 0
+    /// Seconds between the first new token and the last.
     public internal(set) var seconds = 0.0
 
+    /// New tokens a second, the first aside, which the prompt has cost; 0 for less than two.
     public var tokensPerSecond: Double { seconds > 0 ? Double(tokens - 1) / seconds : 0 }
 }

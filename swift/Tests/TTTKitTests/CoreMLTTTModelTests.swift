@@ -122,6 +122,20 @@ final class CoreMLTTTModelTests: XCTestCase {
         XCTAssertTrue(expected["greedy_text"]?.string?.hasPrefix(text) ?? false, text)
     }
 
+    /// The prompt's function is loaded again when it is needed.
+    func testGoesOnAfterMemoryWasGivenBack() async throws {
+        let ids = try Files.json("linear.json")["prompt_ids"]?.integers ?? []
+        for url in [linear, linearIO] {
+            let model = try await load(url)
+            _ = try await read(Array(ids[..<32]), model)
+            await model.giveBackMemory()
+            let found = try await read(Array(ids[32..<40]), model, from: 32)
+            try await model.reset()
+            let expected = try await read(Array(ids[..<40]), model)
+            XCTAssertEqual(found, expected)
+        }
+    }
+
     // MARK: - What the stand-in catches
 
     private func load(_ function: String, _ url: URL) throws -> MLModel {

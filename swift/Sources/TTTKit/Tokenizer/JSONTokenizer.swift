@@ -23,6 +23,7 @@ public struct JSONTokenizer: TTTTokenizer {
 
     /// Every token by its text, those that were added included.
     package let vocabulary: [(token: String, id: Int)]
+    /// As the tokenizer's decoder treats them.
     public private(set) var leadingSpaces = LeadingSpaces.kept
 
     private enum Template: Sendable {
@@ -116,6 +117,9 @@ public struct JSONTokenizer: TTTTokenizer {
         }
     }
 
+    /// Ids of a text, those that the library `tokenizers` gives.
+    ///
+    /// - Throws: `TTTError.unsupported` for a character that a unigram model without an unknown token has no token for.
     public func encode(_ text: String, addingSpecialTokens: Bool) throws -> [Int] {
         var ids: [Int] = []
         for (index, part) in asWritten.split(Array(text.utf8)).enumerated() {
@@ -150,6 +154,7 @@ public struct JSONTokenizer: TTTTokenizer {
         return ids
     }
 
+    /// What a token adds to a text, in UTF-8; nothing for control tokens and ids that there are not.
     public func bytes(of token: Int) -> [UInt8] {
         pieces.indices.contains(token) ? pieces[token] : []
     }
