@@ -211,11 +211,13 @@ package struct StateLayout: Sendable, Equatable {
                     for head in 0..<heads {
                         let first = packed + ((layer * heads + head) * R + part.firstRow) * width
                         let ownFirst = own + head * part.headStride
-                        var i = 0
-                        while i < part.places.count {
-                            let here = first + (i / D &* width &+ i % D)
-                            if intoPacked { here.pointee = ownFirst[places[i]] } else { ownFirst[places[i]] = here.pointee }
-                            i &+= 1
+                        for row in 0..<part.places.count / D {
+                            let (here, places) = (first + row * width, places + row * D)
+                            var i = 0
+                            while i < D {
+                                if intoPacked { here[i] = ownFirst[places[i]] } else { ownFirst[places[i]] = here[i] }
+                                i &+= 1
+                            }
                         }
                     }
                 }

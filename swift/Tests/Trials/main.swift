@@ -60,6 +60,7 @@ func large() async throws {
         let generator = TTTGenerator(model: try StateOnly(layers: 24, isMLP: isMLP), tokenizer: Letters())
         try await generator.read("some text")
         for _ in 0..<3 {
+            print("a package's state in float16 becomes arrays in \(try conversion(isMLP: isMLP)) s")
             let start = Date()
             try await generator.save(to: file)
             let saved = Date()
@@ -70,6 +71,29 @@ func large() async throws {
                 "loaded in \(Date().timeIntervalSince(saved)) s")
         }
     }
+}
+
+/// How long a packed state takes to become layers, as Core ML's does; in seconds.
+func conversion(isMLP: Bool) throws -> Double {
+    let (layers, H, D, K) = (24, 32, 64, 16)
+    let rows = isMLP
+        ? [("W1", 4 * D), ("b1", 4), ("W2", 4 * D), ("b2", 1), ("k", K), ("e1", 4 * K), ("x2", 4 * K), ("e2", K)]
+        : [("W1", D), ("b1", 1), ("k", K), ("e1", K)]
+    var (parts, R) = ([String](), 0)
+    for (name, count) in rows + [("conv", 3), ("conv_qk", 3)] {
+        parts.append("\"\(name)\": [\(R), \(count)]")
+        R += count
+    }
+    let text = "{\"shape\": [\(layers), \(H), \(R), \(D)], \"head_dim\": \(D), \"parts\": {\(parts.joined(separator: ", "))}}"
+    let layout = try StateLayout(JSON(text.utf8))
+    let shapes = isMLP
+        ? [[1, H, D, 4 * D], [1, H, 1, 4 * D], [1, H, 4 * D, D], [1, H, 1, D]] : [[1, H, D, D], [1, H, 1, D]]
+    let start = try layout.start(weights: [[Tensor]](repeating: shapes.map { Tensor(zeros: $0) }, count: layers))
+    let bits = (0..<layout.count).map { UInt16(truncatingIfNeeded: $0 & 0x3FFF) }
+    let began = Date()
+    let found = layout.unpack(bits.map(Half.float), start: start, offset: 7)
+    precondition(found.count == layers)
+    return Date().timeIntervalSince(began)
 }
 
 /// In kB; -1 where the system does not say.
