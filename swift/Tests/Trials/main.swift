@@ -59,22 +59,29 @@ func large() async throws {
     for isMLP in [false, true] {
         let generator = TTTGenerator(model: try StateOnly(layers: 24, isMLP: isMLP), tokenizer: Letters())
         try await generator.read("some text")
-        for _ in 0..<3 {
-            print("a package's state in float16 becomes arrays in \(try conversion(isMLP: isMLP)) s")
-            let start = Date()
-            try await generator.save(to: file)
-            let saved = Date()
-            try await generator.load(from: file)
+        for _ in 0..<5 {
+            let layers = try packedLayers(isMLP: isMLP)
+            let conversion = await seconds { _ = layers.layout.unpack(layers.bits.map(Half.float), start: layers.start, offset: 7) }
+            let saving = try await seconds { try await generator.save(to: file) }
+            let loading = try await seconds { try await generator.load(from: file) }
             let size = (try file.resourceValues(forKeys: [.fileSizeKey]).fileSize ?? 0) / 1_000_000
             print(
-                "\(isMLP ? "TTT-MLP" : "TTT-Linear"): \(size) MB saved in \(saved.timeIntervalSince(start)) s,",
-                "loaded in \(Date().timeIntervalSince(saved)) s")
+                "\(isMLP ? "TTT-MLP" : "TTT-Linear"), \(size) MB: taken from the package in \(conversion),",
+                "saved in \(saving), loaded in \(loading)")
         }
     }
 }
 
-/// How long a packed state takes to become layers, as Core ML's does; in seconds.
-func conversion(isMLP: Bool) throws -> Double {
+/// How long it takes, and how long the processor works.
+func seconds(_ body: () async throws -> Void) async rethrows -> String {
+    let (start, processor) = (Date(), clock())
+    try await body()
+    let worked = Double(clock() - processor) / Double(CLOCKS_PER_SEC)
+    return String(format: "%.2f s (%.2f s of work)", Date().timeIntervalSince(start), worked)
+}
+
+/// A packed state in float16, as Core ML keeps it, and what it takes to make layers of it.
+func packedLayers(isMLP: Bool) throws -> (layout: StateLayout, bits: [UInt16], start: [LayerState]) {
     let (layers, H, D, K) = (24, 32, 64, 16)
     let rows = isMLP
         ? [("W1", 4 * D), ("b1", 4), ("W2", 4 * D), ("b2", 1), ("k", K), ("e1", 4 * K), ("x2", 4 * K), ("e2", K)]
@@ -89,11 +96,7 @@ func conversion(isMLP: Bool) throws -> Double {
     let shapes = isMLP
         ? [[1, H, D, 4 * D], [1, H, 1, 4 * D], [1, H, 4 * D, D], [1, H, 1, D]] : [[1, H, D, D], [1, H, 1, D]]
     let start = try layout.start(weights: [[Tensor]](repeating: shapes.map { Tensor(zeros: $0) }, count: layers))
-    let bits = (0..<layout.count).map { UInt16(truncatingIfNeeded: $0 & 0x3FFF) }
-    let began = Date()
-    let found = layout.unpack(bits.map(Half.float), start: start, offset: 7)
-    precondition(found.count == layers)
-    return Date().timeIntervalSince(began)
+    return (layout, (0..<layout.count).map { UInt16(truncatingIfNeeded: $0 & 0x3FFF) }, start)
 }
 
 /// In kB; -1 where the system does not say.
