@@ -3,15 +3,18 @@
 import Foundation
 import PackageDescription
 
-// Core ML exists on Apple's systems only. On Linux a stand-in of that name lets the very same files compile and run.
+// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile and run.
 #if os(Linux)
 let standIns: [Target] = [
-    .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML")
+    .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML"),
+    .target(
+        name: "CoreAI", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreAI",
+        swiftSettings: [.enableExperimentalFeature("Lifetimes")]),
 ]
-let coreML: [Target.Dependency] = ["CoreML"]
+let frameworks: [Target.Dependency] = ["CoreML", "CoreAI"]
 #else
 let standIns: [Target] = []
-let coreML: [Target.Dependency] = []
+let frameworks: [Target.Dependency] = []
 #endif
 
 // The copy beside an exported package comes without tests.
@@ -19,15 +22,29 @@ let testsPath = "swift/Tests"
 let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(testsPath)")
     ? [
         .target(name: "TTTTestSupport", dependencies: ["TTTFormats"], path: "\(testsPath)/Support"),
+        // What is tried from outside: killed while it saves; how long, how much memory. Tests and people start it.
+        .executableTarget(
+            name: "TTTTrials", dependencies: ["TTTFormats", "TTTKit", "TTTCommand"], path: "\(testsPath)/Trials"),
         .testTarget(
             name: "TTTReferenceTests", dependencies: ["TTTFormats", "TTTReference", "TTTTestSupport"],
             path: "\(testsPath)/TTTReferenceTests"),
         .testTarget(
-            name: "TTTKitTests", dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport"] + coreML,
+            name: "TTTKitTests",
+            dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"] + frameworks,
             path: "\(testsPath)/TTTKitTests"),
         .testTarget(
             name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],
             path: "\(testsPath)/TTTCommandTests"),
+    ] : []
+
+// What the sample app does, without its views, so that it is tested here. The app compiles these files itself.
+let readerPath = "examples/Reader"
+let reader: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(readerPath)")
+    ? [
+        .target(name: "ReaderCore", dependencies: ["TTTKit"] + frameworks, path: "\(readerPath)/ReaderCore"),
+        .testTarget(
+            name: "ReaderCoreTests", dependencies: ["ReaderCore", "TTTKit", "TTTFormats", "TTTTestSupport"] + frameworks,
+            path: "\(readerPath)/ReaderCoreTests"),
     ] : []
 
 let package = Package(
@@ -37,11 +54,11 @@ let package = Package(
     targets: [
         .target(name: "TTTFormats", path: "swift/Sources/TTTFormats"),
         .target(name: "TTTReference", dependencies: ["TTTFormats"], path: "swift/Sources/TTTReference"),
-        .target(name: "TTTKit", dependencies: ["TTTFormats"] + coreML, path: "swift/Sources/TTTKit"),
+        .target(name: "TTTKit", dependencies: ["TTTFormats"] + frameworks, path: "swift/Sources/TTTKit"),
         .target(
-            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"],
+            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"] + frameworks,
             path: "swift/Sources/TTTCommand"),
         .executableTarget(name: "ttt", dependencies: ["TTTCommand"], path: "swift/Sources/ttt"),
-    ] + standIns + tests,
+    ] + standIns + tests + reader,
     swiftLanguageModes: [.v6]
 )

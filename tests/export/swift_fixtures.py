@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 import mlx_ttt
 from mlx_ttt.checkpoint.tokenizer import write_tokenizer
+from mlx_ttt.export.coreai.state import groups, together, unpacked
 from mlx_ttt.export.layout import StateLayout
 from mlx_ttt.loading import load_model
 from mlx_ttt.model import Model, ModelArgs
@@ -34,6 +36,7 @@ POSITIONS = (0, 5, 15, 16, 17, 31, 32, 40)
 def main(out: Path = FIXTURES) -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_packages(out)
+    write_bundles(out)
     write_continuations(out)
     write_layouts(out)
     write_small_model(out / "small")
@@ -72,17 +75,56 @@ def _write_description(package: Path, out: Path) -> None:
     file.write_bytes(spec.SerializeToString(deterministic=True))
 
 
+def write_bundles(out: Path) -> None:
+    """Bundles for Core AI without their programs: `main` as Apple's own runtime describes it, and our metadata."""
+    from mlx_ttt.export.coreai.bundle import bundle_metadata
+    from mlx_ttt.export.coreai.program import build, save
+    from mlx_ttt.export.coreai.runner_main import MAIN
+    from mlx_ttt.export.coreai.runtime import Runtime
+    from mlx_ttt.export.functions import Options as Computing
+
+    for name, source, compute in (
+        ("linear", mlx_ttt.bundled_model(), "float32"),
+        ("linear-half", mlx_ttt.bundled_model(), "float16"),
+        ("mlp", MLP, "float32"),
+    ):
+        model, _ = load_model(source)
+        bundle, options = out / f"{name}.bundle", Computing(compute=compute)
+        shutil.rmtree(bundle, ignore_errors=True)
+        (bundle / f"{name}.aimodel").mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as folder:
+            asset = Path(folder) / "main.aimodel"
+            weights = "float32" if compute == "float32" else "float16"
+            save(build(model, weights, options, (MAIN,)), asset)
+            with Runtime(asset) as runtime:
+                write_json(
+                    bundle / f"{name}.aimodel" / "interface.json", {MAIN: interface(runtime.function(MAIN).desc)}
+                )
+        write_json(bundle / "metadata.json", bundle_metadata(name, model, options, weights, {"eos_token_id": []}))
+
+
+def interface(description: Any) -> dict[str, Any]:
+    """A function of a program, from the runtime's description of it; -1 is a dimension that the call chooses."""
+    found: dict[str, Any] = {}
+    for kind in ("input", "output", "state"):
+        names = getattr(description, f"{kind}_names")
+        values = {name: getattr(description, f"{kind}_descriptor")(name) for name in names}
+        found[f"{kind}s"] = {name: {"shape": list(x.shape), "type": str(x.dtype)} for name, x in values.items()}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------- the network
 
 
-def greedy(model: Model, ids: Sequence[int], count: int) -> list[int]:
-    """The likeliest continuation, with no token at which it ends."""
-    cache, found = model.make_cache(), []
+def greedy(model: Model, ids: Sequence[int], count: int) -> tuple[list[int], list[list[float]]]:
+    """The likeliest continuation, with no token at which it ends; and at each place the two best logits."""
+    cache, found, best = model.make_cache(), [], []
     logits = model(mx.array([list(ids)]), cache)
     for _ in range(count):
         found.append(int(mx.argmax(logits[0, -1])))
+        best.append([round(x, 6) for x in sorted(logits[0, -1].tolist())[:-3:-1]])
         logits = model(mx.array([found[-1:]]), cache)
-    return found
+    return found, best
 
 
 def write_continuations(out: Path) -> None:
@@ -94,10 +136,10 @@ def write_continuations(out: Path) -> None:
             _, tokenizer = mlx_ttt.load()
             ids = tokenizer.encode(PROMPT)
             found = {"prompt": PROMPT, "fingerprint": fingerprint(model, tokenizer)}
-        continuation = greedy(model, ids, 300)
+        continuation, best = greedy(model, ids, 300)
         if name == "linear":
             found["greedy_text"] = tokenizer.decode(continuation)
-        found |= {"prompt_ids": ids, "greedy_ids": continuation}
+        found |= {"prompt_ids": ids, "greedy_ids": continuation, "best_logits": best}
         write_json(out / f"{name}.json", found)
         text = mx.array([[*ids, *continuation][: POSITIONS[-1] + 1]])
         logits = model(text)[0, list(POSITIONS)]
@@ -146,7 +188,9 @@ def write_layouts(out: Path) -> None:
                 arrays |= {f"{name}.{i}.weights.{j}": w for j, w in enumerate(c.weights)}
                 arrays |= {f"{name}.{i}.rows": c.rows}
                 arrays |= {f"{name}.{i}.history.{k}": x for k, x in c.history.items()}
-        metadata = {"layout": json.dumps(layout.description())}
+        grouped = together(layout, unpacked(layout, np.array(arrays["packed"])))
+        arrays |= {f"grouped.{name}": mx.array(x) for name, x in grouped.items()}
+        metadata = {"layout": json.dumps(layout.description() | {"groups": groups(layout)})}
         mx.save_safetensors(str(out / f"layout-{kind}.safetensors"), arrays, metadata)
 
 

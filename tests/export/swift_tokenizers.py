@@ -148,11 +148,27 @@ def cases(folder: Path, count: int) -> dict[str, Any]:
     texts = [text(choice) for _ in range(count)]
     size = max(tokenizer.get_vocab().values()) + 1
     runs = [[choice.randrange(size) for _ in range(choice.randrange(12))] for _ in range(count)]
+    texts += PARTICULAR
+    runs += particular_runs(tokenizer)
     return {
         "texts": [{"text": t, "ids": tokenizer.encode(t, add_special_tokens=False)} for t in texts],
         "whole": tokenizer.encode("a", add_special_tokens=True),
         "runs": [{"ids": run, "text": decode(tokenizer, folder, run)} for run in runs],
     }
+
+
+# Segmentations of the same score, where how the library reads a score decides.
+PARTICULAR = ["1" * 15, "\u2460" * 17, "11111 22222"]
+
+
+def particular_runs(tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """What random runs seldom have: a byte that is a space, or an unknown piece, at the start; half characters."""
+    vocabulary = tokenizer.get_vocab()
+    space, half = (vocabulary.get(token) for token in ("<0x20>", "<0xED>"))
+    unknown, end = vocabulary.get("<unk>"), vocabulary.get("</s>")
+    word = next((id for token, id in sorted(vocabulary.items()) if token.startswith("\u2581") and len(token) > 2), None)
+    runs = [[space, word], [unknown], [unknown, word], [half, end], [half, word], [end, word], [word, half, half, word]]
+    return [run for run in runs if None not in run]
 
 
 def text(choice: random.Random) -> str:

@@ -6,11 +6,12 @@ import json
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from transformers import PreTrainedTokenizerFast
 
 import mlx_ttt
 from mlx_ttt.text.state import fingerprint
-from tests.export.swift_fixtures import FIXTURES
+from tests.export.swift_fixtures import FIXTURES, write_bundles, write_layouts
 
 
 def load(name: str):
@@ -26,6 +27,35 @@ def test_the_bundled_model():
     model.set_dtype(mx.float32)
     logits = np.array(model(arrays["ids"][None])[0, arrays["positions"].tolist()])
     np.testing.assert_allclose(logits, np.array(arrays["logits"]), atol=1e-4)
+    text = mx.array([[*expected["prompt_ids"], *expected["greedy_ids"]]])
+    after = np.array(model(text)[0, len(expected["prompt_ids"]) - 1 : -1])
+    np.testing.assert_allclose(np.sort(after)[:, :-3:-1], np.array(expected["best_logits"]), atol=1e-4)
+
+
+def test_the_layouts(tmp_path):
+    write_layouts(tmp_path)
+    for kind in ("linear", "mlp"):
+        name = f"layout-{kind}.safetensors"
+        found, metadata = mx.load(str(tmp_path / name), return_metadata=True)
+        expected, expected_metadata = mx.load(str(FIXTURES / name), return_metadata=True)
+        assert metadata == expected_metadata
+        assert found.keys() == expected.keys()
+        for key in found:
+            np.testing.assert_array_equal(np.array(found[key]), np.array(expected[key]), key)
+
+
+@pytest.mark.slow
+def test_the_bundles(tmp_path):
+    """What Apple's runtime says of `main`, and our metadata."""
+    pytest.importorskip("coreai.authoring")
+    write_bundles(tmp_path)
+    files = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.json"))
+    assert len(files) == 6
+    for file in files:
+        found, expected = json.loads((tmp_path / file).read_text()), load(str(file))
+        for content in (found, expected):
+            content.pop("source", None)  # the version
+        assert found == expected, file
 
 
 def test_the_saved_state():

@@ -69,7 +69,7 @@ def write_companions(
     tokenizer = load_tokenizer(model, config)
 
     write_tokenizer(out, model)
-    _write_source(out / "source.safetensors", network, tokenizer)
+    write_source(out / "source.safetensors", network, tokenizer)
     own_config = read_json(model / "config.json")
     mlx_only = ("quantization", "quantization_config", "model_file")
     write_json(out / "config.json", {k: v for k, v in own_config.items() if k not in mlx_only})
@@ -102,7 +102,7 @@ def special_ids(tokenizer: Any) -> Json:
     return {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos}
 
 
-def _write_source(file: Path, model: Model, tokenizer: Any) -> None:
+def write_source(file: Path, model: Model, tokenizer: Any) -> None:
     """What turns the package's states into those that `mlx_ttt.save_state` writes, and back."""
     weights = {
         f"{i}.{name}": layer.seq_modeling_block[name][None].astype(mx.float32)

@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
+
 from ...checkpoint.folder import complete_folder
 from ...checkpoint.tokenizer import write_json
 from ...checkpoint.untrusted import read_json
@@ -20,11 +22,12 @@ from ...network.model import Model
 from ...text.tokenizer import load_tokenizer
 from ...version import __version__
 from .. import metadata
-from ..companions.folder import special_ids
+from ..companions.folder import special_ids, write_source
 from ..companions.tokenizer import write_tokenizer
 from ..errors import first_line
 from ..functions import Options
 from ..layout import StateLayout
+from ..numbers import COMPUTE
 from .formats import table_format
 from .program import ALL, build, save
 from .runner_main import MAIN
@@ -81,7 +84,8 @@ def export(
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; remove it or choose another name")
     model, config = load_model(model_dir)
-    ids = special_ids(load_tokenizer(model_dir, config))
+    tokenizer = load_tokenizer(model_dir, config)
+    ids = special_ids(tokenizer)
     name, options = metadata.model_name(model_dir, config), Options(compute=compute)
     total, count = 4 * len(model.layers) + 1, itertools.count(1)
 
@@ -96,17 +100,19 @@ def export(
         except CheckpointError as error:
             raise CheckpointError(f"{model_dir}: {error}") from None
         _save(lambda: save(program, folder / f"{name}.aimodel"), out)
-        write_json(folder / "metadata.json", _metadata(name, model, options, weights, ids))
+        write_json(folder / "metadata.json", bundle_metadata(name, model, options, weights, ids))
+        write_source(folder / "source.safetensors", model, tokenizer)
         _write_readme(folder, name, model)
         step()
         nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Report(out, nbytes, _state_nbytes(model, compute))
 
 
-def _metadata(name: str, model: Model, options: Options, weights: str, ids: Mapping[str, Any]) -> dict[str, Any]:
+def bundle_metadata(name: str, model: Model, options: Options, weights: str, ids: Mapping[str, Any]) -> dict[str, Any]:
     """The content of metadata.json: what Apple's runner reads, and in `user_data` what we do."""
     layout = StateLayout.of(model.args)
-    state = {"groups": groups(layout), "parts": layout.parts, "head_dim": model.args.head_dim}
+    dtype = np.dtype(COMPUTE[options.compute][1]).name
+    state = layout.description() | {"dtype": dtype, "groups": groups(layout)}
     return {
         "metadata_version": VERSION,
         "kind": "llm",

@@ -4,14 +4,14 @@ import TTTKit
 import TTTReference
 
 /// A model directory on the reference network: slow, in float32, on every system.
-actor ReferenceTTTModel: TTTModel {
-    nonisolated let info: TTTModelInfo
+package actor ReferenceTTTModel: TTTModel {
+    package nonisolated let info: TTTModelInfo
     private let network: ReferenceNetwork
     private let start: [LayerState]
     private var layers: [LayerState]
 
     /// - Parameter vocabulary: of the tokenizer, which the fingerprint covers.
-    init(directory: URL, vocabulary: [(token: String, id: Int)]) throws {
+    package init(directory: URL, vocabulary: [(token: String, id: Int)]) throws {
         network = try ReferenceNetwork(directory: directory)
         let configuration = network.configuration
         info = try TTTModelInfo(
@@ -22,28 +22,28 @@ actor ReferenceTTTModel: TTTModel {
         layers = network.start
     }
 
-    func prefill(_ block: [Int], length: Int) throws -> [Float] {
+    package func prefill(_ block: [Int], length: Int) throws -> [Float] {
         var hidden: [Float] = []
         for token in block.prefix(length) { hidden = try network.read(token, &layers) }
         return network.logits(hidden)
     }
 
-    func decode(_ token: Int, position: Int) throws -> [Float] {
+    package func decode(_ token: Int, position: Int) throws -> [Float] {
         network.logits(try network.read(token, &layers))
     }
 
-    func state(position: Int) -> [LayerState] {
+    package func state(position: Int) -> [LayerState] {
         layers
     }
 
-    func restore(_ state: [LayerState]) throws {
+    package func restore(_ state: [LayerState]) throws {
         guard state.count == start.count, zip(state, start).allSatisfy({ $0.hasShape(of: $1) }) else {
             throw TTTError.stateOfAnotherModel
         }
         layers = state
     }
 
-    func reset() {
+    package func reset() {
         layers = start
     }
 }

@@ -9,7 +9,8 @@ public struct LayerState: Sendable, Equatable {
     /// The last inputs of the causal convolutions by name, `conv` and `conv_qk`: [1, kernel - 1, C].
     public var history: [String: Tensor]
 
-    package init(offset: Int, weights: [Tensor], rows: Tensor, history: [String: Tensor]) {
+    /// For models of one's own; see the properties for the shapes.
+    public init(offset: Int, weights: [Tensor], rows: Tensor, history: [String: Tensor]) {
         self.offset = offset
         self.weights = weights
         self.rows = rows

@@ -24,6 +24,9 @@ package struct ModelConfiguration: Sendable, Equatable {
     package var beginToken: Int?
     package var endTokens: [Int] = []
 
+    /// Of a head, a mini-batch and a convolution; no model is near it. What is computed with is allocated by these.
+    private static let largest = 1024
+
     /// D
     package var headDim: Int { hiddenSize / heads }
 
@@ -76,6 +79,9 @@ package struct ModelConfiguration: Sendable, Equatable {
                 throw TTTError.damaged("ttt_layer_type is not linear or mlp")
             }
             innerModel = kind
+        }
+        guard max(miniBatchSize, convKernel, headDim) <= Self.largest else {
+            throw TTTError.damaged("mini_batch_size, conv_kernel or the size of a head is over \(Self.largest)")
         }
         guard hiddenSize % heads == 0, headDim % 2 == 0 else {
             throw TTTError.damaged("hidden_size \(hiddenSize) does not divide into \(heads) heads of even size")

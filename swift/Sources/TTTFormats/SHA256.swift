@@ -23,16 +23,30 @@ package struct SHA256 {
     package init() {}
 
     package mutating func update<Bytes: Sequence>(_ bytes: Bytes) where Bytes.Element == UInt8 {
-        let before = pending.count
-        pending += bytes
-        count &+= UInt64(pending.count - before)
-        let whole = pending.count / 64 * 64
-        let blocks = pending
-        blocks.withUnsafeBufferPointer { blocks in
-            guard let blocks = blocks.baseAddress else { return }
-            for start in stride(from: 0, to: whole, by: 64) { compress(blocks + start) }
+        if bytes.withContiguousStorageIfAvailable({ add($0) }) == nil {
+            Array(bytes).withUnsafeBufferPointer { add($0) }
         }
-        pending.removeFirst(whole)
+    }
+
+    private mutating func add(_ bytes: UnsafeBufferPointer<UInt8>) {
+        guard let start = bytes.baseAddress else { return }
+        count &+= UInt64(bytes.count)
+        var at = 0
+        if !pending.isEmpty {
+            at = min(64 - pending.count, bytes.count)
+            pending += bytes[..<at]
+            guard pending.count == 64 else { return }
+            let block = pending
+            block.withUnsafeBufferPointer { block in
+                if let block = block.baseAddress { compress(block) }
+            }
+            pending = []
+        }
+        while bytes.count - at >= 64 {
+            compress(start + at)
+            at += 64
+        }
+        pending += bytes[at...]
     }
 
     package mutating func hexDigest() -> String {

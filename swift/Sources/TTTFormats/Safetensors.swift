@@ -126,7 +126,8 @@ package struct Safetensors: Sendable {
 /// Puts arrays into a safetensors file.
 package struct SafetensorsWriter {
     private var header: [String] = []
-    private var body = Data()
+    private var body: [Data] = []
+    private var count = 0
 
     package init(metadata: [String: String]) {
         let entries = metadata.sorted { $0.key < $1.key }.map { "\(quoted($0.key)):\(quoted($0.value))" }
@@ -135,7 +136,8 @@ package struct SafetensorsWriter {
 
     /// - Parameter type: "F32", "I32" and so on.
     package mutating func add(_ name: String, type: String, shape: [Int], bytes: Data) {
-        let offsets = [body.count, body.count + bytes.count]
+        let offsets = [count, count + bytes.count]
+        count += bytes.count
         header.append("\(quoted(name)):{\"dtype\":\"\(type)\",\"shape\":\(list(shape)),\"data_offsets\":\(list(offsets))}")
         body.append(bytes)
     }
@@ -143,7 +145,9 @@ package struct SafetensorsWriter {
     package func encoded() -> Data {
         var text = "{\(header.joined(separator: ","))}"
         while text.utf8.count % 8 > 0 { text += " " }  // readers map the numbers behind it
-        return littleEndian(UInt64(text.utf8.count)) + Data(text.utf8) + body
+        var data = Data(capacity: 8 + text.utf8.count + count)
+        for part in [littleEndian(UInt64(text.utf8.count)), Data(text.utf8)] + body { data.append(part) }
+        return data
     }
 
     private func list(_ integers: [Int]) -> String {
@@ -176,12 +180,11 @@ package func littleEndian<Integer: FixedWidthInteger>(_ value: Integer) -> Data 
     withUnsafeBytes(of: value.littleEndian) { Data($0) }
 }
 
+/// Of IEEE numbers, which Swift's systems all have in this order already.
 package func littleEndian(_ values: [Float]) -> Data {
-    var data = Data(count: 4 * values.count)
-    data.withUnsafeMutableBytes { bytes in
-        for (index, value) in values.enumerated() {
-            bytes.storeBytes(of: value.bitPattern.littleEndian, toByteOffset: 4 * index, as: UInt32.self)
-        }
-    }
-    return data
+    #if _endian(little)
+    return values.withUnsafeBytes { Data($0) }
+    #else
+    return Data(values.flatMap { value in withUnsafeBytes(of: value.bitPattern.littleEndian) { Array($0) } })
+    #endif
 }

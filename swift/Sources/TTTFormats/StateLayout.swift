@@ -8,6 +8,8 @@ package struct StateLayout: Sendable, Equatable {
     package let shape: [Int]
     package let headDim: Int
     package let miniBatchSize: Int
+    /// The rows of each part of the description.
+    package let extents: [String: Range<Int>]
     private let parts: [Part]
 
     private struct Part: Equatable {
@@ -37,8 +39,8 @@ package struct StateLayout: Sendable, Equatable {
     package init(_ description: JSON) throws {
         let damage = TTTError.notATTTPackage("com.mlx-ttt.state describes no state")
         guard let shape = description["shape"]?.array?.compactMap(\.int), shape.count == 4,
-            shape.allSatisfy({ (1...1_000_000).contains($0) }), shape.reduce(1.0, { $0 * Double($1) }) < 1e10,
-            let headDim = description["head_dim"]?.int, headDim > 0, headDim <= min(shape[3], Self.largest),
+            shape.allSatisfy({ (1...1_000_000).contains($0) }), shape.reduce(1.0, { $0 * Double($1) }) < 1e9,
+            let headDim = description["head_dim"]?.int, headDim > 0, headDim <= shape[3], shape[3] <= Self.largest,
             headDim % 2 == 0,
             let members = description["parts"]?.members
         else { throw damage }
@@ -52,7 +54,7 @@ package struct StateLayout: Sendable, Equatable {
         guard let miniBatchSize = extents["k"]?.count, miniBatchSize > 0,
             ["k", "conv", "conv_qk"].allSatisfy({ extents[$0]?.count ?? 0 <= Self.largest })
         else { throw damage }
-        (self.shape, self.headDim, self.miniBatchSize) = (shape, headDim, miniBatchSize)
+        (self.shape, self.headDim, self.miniBatchSize, self.extents) = (shape, headDim, miniBatchSize, extents)
         parts = try Self.parts(extents, heads: shape[1], headDim: headDim).map { part in
             guard let part else { throw damage }
             return part
@@ -209,11 +211,13 @@ package struct StateLayout: Sendable, Equatable {
                     for head in 0..<heads {
                         let first = packed + ((layer * heads + head) * R + part.firstRow) * width
                         let ownFirst = own + head * part.headStride
-                        var i = 0
-                        while i < part.places.count {
-                            let here = first + (i / D &* width &+ i % D)
-                            if intoPacked { here.pointee = ownFirst[places[i]] } else { ownFirst[places[i]] = here.pointee }
-                            i &+= 1
+                        for row in 0..<part.places.count / D {
+                            let (here, places) = (first + row * width, places + row * D)
+                            var i = 0
+                            while i < D {
+                                if intoPacked { here[i] = ownFirst[places[i]] } else { ownFirst[places[i]] = here[i] }
+                                i &+= 1
+                            }
                         }
                     }
                 }

@@ -2,24 +2,40 @@ import Foundation
 
 /// What goes wrong in a way that can be mended.
 public enum TTTError: Error, Equatable, Sendable {
+    /// A package or bundle that `convert.py` did not write, or that does not go with `source.safetensors`.
     case notATTTPackage(String)
+    /// A package of a later version of mlx-ttt.
     case formatVersion(Int)
+    /// A file, by name, that is missing or no such file; and why.
     case unreadableFile(String, String)
+    /// A file, by name, that could not be written; and why. What was there is as it was.
     case unwritableFile(String, String)
+    /// Content that contradicts itself.
     case damaged(String)
+    /// A tokenizer, chat template or state with a part that is not known here.
     case unsupported(String)
+    /// The model gave something else than its description says.
     case unexpectedOutput(String)
+    /// There is nothing to continue: no text before, and no prompt.
     case emptyPrompt
+    /// A token that the model has no logit for: a tokenizer of another model.
     case tokenOutsideVocabulary(Int, size: Int)
+    /// An option of `TTTOptions` outside its range.
     case invalidOption(String)
+    /// Logits that are not finite.
     case notANumber
+    /// A call failed midway: what the model has read is not known. `restore`, `load` or `reset` come next.
     case stateLost
+    /// A file that is no saved state.
     case notAState
+    /// A saved state whose content is not what was written.
     case damagedState
+    /// A state of a model with other weights or another tokenizer.
     case stateOfAnotherModel
 }
 
 extension TTTError: LocalizedError {
+    /// One sentence that says what is wrong and what to do, in English.
     public var errorDescription: String? {
         switch self {
         case .notATTTPackage(let what):

@@ -5,9 +5,12 @@ import TTTFormats
 
 /// A TTT model in a Core ML package.
 public actor CoreMLTTTModel: TTTModel {
+    /// What the package says of itself.
     public nonisolated let info: TTTModelInfo
     private let decoder: MLModel
-    private let prefiller: MLModel
+    /// Nil after `giveBackMemory`, until it is needed.
+    private var prefiller: MLModel?
+    private let loadPrefiller: @Sendable () throws -> MLModel
     private let layout: StateLayout
     private let start: [LayerState]
     private var memory: Memory
@@ -36,7 +39,7 @@ public actor CoreMLTTTModel: TTTModel {
     public init(
         contentsOf url: URL, source: ModelSource, prefill: URL? = nil, computeUnits: MLComputeUnits = .cpuAndGPU
     ) throws {
-        func load(_ url: URL, function: String) throws -> MLModel {
+        @Sendable func load(_ url: URL, function: String) throws -> MLModel {
             let configuration = MLModelConfiguration()
             configuration.computeUnits = computeUnits
             configuration.functionName = prefill == nil ? function : nil
@@ -47,14 +50,15 @@ public actor CoreMLTTTModel: TTTModel {
             }
         }
         let decoder = try load(url, function: "decode")
-        let prefiller = try load(prefill ?? url, function: "prefill")
+        let loadPrefiller: @Sendable () throws -> MLModel = { try load(prefill ?? url, function: "prefill") }
+        let prefiller = try loadPrefiller()
         let metadata = decoder.modelDescription.metadata[.creatorDefinedKey] as? [String: String]
         info = try TTTModelInfo(metadata: metadata ?? [:], source: source)
         layout = try StateLayout(JSON((metadata?["com.mlx-ttt.state"] ?? "null").utf8))
         start = try layout.start(weights: source.startWeights)
         memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: prefill != nil)
         self.decoder = decoder
-        self.prefiller = prefiller
+        (self.prefiller, self.loadPrefiller) = (prefiller, loadPrefiller)
     }
 
     /// Loads a compiled package in the background; see `init`.
@@ -66,16 +70,23 @@ public actor CoreMLTTTModel: TTTModel {
         }.value
     }
 
+    /// Reads up to `info.prefillTokens` tokens at the start of a mini-batch; see `TTTModel`.
+    ///
+    /// - Throws: what the framework throws; then the state is lost, and `restore` or `reset` comes next.
     public func prefill(_ block: [Int], length: Int) throws -> [Float] {
         let tokens = Self.integers(block, shape: [1, block.count])
         return try predict(["inputIds": tokens, "length": Self.integers([length], shape: [1])], isDecode: false)
     }
 
+    /// Reads one token; see `TTTModel`.
+    ///
+    /// - Throws: as `prefill`.
     public func decode(_ token: Int, position: Int) throws -> [Float] {
         let tokens = Self.integers([token], shape: [1, 1])
         return try predict(["inputIds": tokens, "position": Self.integers([position], shape: [1])], isDecode: true)
     }
 
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
     public func state(position: Int) throws -> [LayerState] {
         let contents: Data
         switch memory {
@@ -95,6 +106,9 @@ public actor CoreMLTTTModel: TTTModel {
         return layout.unpack(scalars, start: start, offset: position)
     }
 
+    /// Takes up a state, rounded to the precision of the package; see `TTTModel`.
+    ///
+    /// - Throws: `TTTError.stateOfAnotherModel`.
     public func restore(_ state: [LayerState]) throws {
         guard state.count == start.count, zip(state, start).allSatisfy({ $0.hasShape(of: $1) }) else {
             throw TTTError.stateOfAnotherModel
@@ -111,17 +125,30 @@ public actor CoreMLTTTModel: TTTModel {
         }
     }
 
+    /// Back to the state before the first token.
     public func reset() throws {
         var isSeparate = false
         if case .separate = memory { isSeparate = true }
-        memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: isSeparate)
+        memory = try Self.empty(decoder: decoder, prefiller: isSeparate ? loadedPrefiller() : nil, isSeparate: isSeparate)
+    }
+
+    /// Unloads the function that reads prompts. The next prompt of more than a token loads it again, which may take a while.
+    public func giveBackMemory() {
+        if case .separate = memory { return }  // its state goes from one model to the other
+        prefiller = nil
+    }
+
+    private func loadedPrefiller() throws -> MLModel {
+        let model = try prefiller ?? loadPrefiller()
+        prefiller = model
+        return model
     }
 
     // MARK: - Calling the model
 
     // Core ML's synchronous call: nothing else enters the actor while it runs, and one state allows one call.
     private func predict(_ inputs: [String: MLMultiArray], isDecode: Bool) throws -> [Float] {
-        let model = isDecode ? decoder : prefiller
+        let model = try isDecode ? decoder : loadedPrefiller()
         let outputs: any MLFeatureProvider
         switch memory {
         case .shared(let state):
@@ -162,10 +189,10 @@ public actor CoreMLTTTModel: TTTModel {
     // MARK: - The state
 
     /// The memory before the first token: zeros.
-    private static func empty(decoder: MLModel, prefiller: MLModel, isSeparate: Bool) throws -> Memory {
+    private static func empty(decoder: MLModel, prefiller: MLModel?, isSeparate: Bool) throws -> Memory {
         let description = decoder.modelDescription
         if description.stateDescriptionsByName[stateName] != nil {
-            guard isSeparate else { return .shared(decoder.makeState()) }
+            guard isSeparate, let prefiller else { return .shared(decoder.makeState()) }
             return .separate(
                 forDecode: decoder.makeState(), forPrefill: prefiller.makeState(), latestIsDecode: true)
         }

@@ -22,6 +22,7 @@ public struct TTTOptions: Sendable, Equatable {
     /// Tokens at which to stop; those that the package names by default.
     public var endTokens: Set<Int>?
 
+    /// Options that are not given take the likeliest token, 256 times at most.
     public init(
         maxTokens: Int = 256, temperature: Double = 0, topK: Int = 0, topP: Double = 1, minP: Double = 0,
         repetitionPenalty: Double = 1, seed: UInt64? = nil, stopStrings: [String] = [], endTokens: Set<Int>? = nil
@@ -38,6 +39,8 @@ public struct TTTOptions: Sendable, Equatable {
     }
 
     /// The options that a `generation_config.json` gives.
+    ///
+    /// - Throws: `TTTError.unreadableFile`.
     public init(generationConfig file: URL) throws {
         do {
             let config = try JSONDecoder().decode(GenerationConfig.self, from: Data(contentsOf: file))

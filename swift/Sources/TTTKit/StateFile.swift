@@ -120,11 +120,16 @@ enum StateFile {
         let name: String
         let shape: [Int]
         let content: Content
+        let bytes: Data
 
         init(_ name: String, _ shape: [Int], _ content: Content) {
             self.name = name
             self.shape = shape
             self.content = content
+            switch content {
+            case .integer(let value): bytes = littleEndian(value)
+            case .numbers(let values): bytes = littleEndian(values)
+            }
         }
 
         var type: String {
@@ -137,13 +142,6 @@ enum StateFile {
 
         var shapeInPython: String {
             "(\(shape.map(String.init).joined(separator: ", "))\(shape.count == 1 ? "," : ""))"
-        }
-
-        var bytes: Data {
-            switch content {
-            case .integer(let value): littleEndian(value)
-            case .numbers(let values): littleEndian(values)
-            }
         }
     }
 }

@@ -43,7 +43,9 @@ public struct TTTCheck: Sendable, Equatable {
     private static func logits(of model: any TTTModel, after tokens: [Int]) async throws -> [Float] {
         try await model.reset()
         var logits: [Float] = []
+        let size = model.info.vocabularySize
         for (position, token) in tokens.enumerated() {
+            guard (0..<size).contains(token) else { throw TTTError.tokenOutsideVocabulary(token, size: size) }
             logits = try await model.decode(token, position: position % model.info.miniBatchSize)
         }
         return logits

@@ -11,6 +11,10 @@ public actor TTTGenerator {
     public private(set) var position = 0
     /// How fast the last call was.
     public private(set) var speed = TTTSpeed()
+    /// Why the last call stopped writing; nil if it was cancelled, failed, or still runs.
+    public private(set) var stop: TTTStop?
+    /// Tokens of a prompt that a cancelled call has not read. The next call reads them first.
+    public var unreadTokens: Int { max(unread.count - 1, 0) }
     /// The last tokens that the model has read: the detokenizer and the penalty of repetitions look back at them.
     private var context: [Int] = []
     /// The tokens after those. Between calls it is the last of the text: reading it is the first step to the next.
@@ -24,6 +28,11 @@ public actor TTTGenerator {
     /// Called with the tokens that have been read of a prompt, and their number in all.
     public typealias Progress = @Sendable (Int, Int) -> Void
 
+    /// A text before its first token.
+    ///
+    /// - Parameters:
+    ///   - model: which nobody else calls from now on: it keeps the state of this text.
+    ///   - tokenizer: that of the model.
     public init(model: any TTTModel, tokenizer: any TTTTokenizer) {
         self.model = model
         self.tokenizer = tokenizer
@@ -37,7 +46,9 @@ public actor TTTGenerator {
     ///
     /// - Parameters:
     ///   - prompt: text to read first. Empty: the text goes on where it stands.
-    ///   - progress: of the prompt.
+    ///   - options: how to choose tokens, and where to stop.
+    ///   - progress: of the prompt; called from wherever the model runs.
+    /// - Returns: a stream that throws `TTTError`, `CancellationError`, or what the framework throws.
     public nonisolated func generate(
         _ prompt: String = "", options: TTTOptions = TTTOptions(), progress: Progress? = nil
     ) -> AsyncThrowingStream<String, Error> {
@@ -71,7 +82,10 @@ public actor TTTGenerator {
     ///
     /// When its task is cancelled, what is left of the text is read by the next call.
     ///
-    /// - Parameter text: empty, to go on with what a cancelled call has left.
+    /// - Parameters:
+    ///   - text: empty, to go on with what a cancelled call has left.
+    ///   - progress: called from wherever the model runs, after each block.
+    /// - Throws: `CancellationError`, `TTTError.emptyPrompt`, `.stateLost`, or what the framework throws.
     public func read(_ text: String, progress: Progress? = nil) async throws {
         await takeTurn()
         defer { endTurn() }
@@ -83,10 +97,25 @@ public actor TTTGenerator {
     ///
     /// Control tokens that the template writes count as such only if the tokenizer finds them in texts, as tokenizers with a
     /// chat template do. For the first message of a text give all messages; later, those since the last answer.
+    ///
+    /// - Throws: `TTTError.unsupported` for messages that the template refuses.
     public nonisolated func answer(
         _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(), progress: Progress? = nil
     ) throws -> AsyncThrowingStream<String, Error> {
         stream(.chat(try template(messages)), options, progress)
+    }
+
+    /// Waits until the calls that were made before have ended: one that was cancelled ends a little later.
+    public func settle() async {
+        await takeTurn()
+        endTurn()
+    }
+
+    /// Gives back memory that is not needed before the next prompt; for memory warnings. The text stays as it is.
+    public func giveBackMemory() async {
+        await takeTurn()
+        defer { endTurn() }
+        await model.giveBackMemory()
     }
 
     /// Forgets the text.
@@ -101,6 +130,8 @@ public actor TTTGenerator {
     // MARK: - The state
 
     /// The text as it stands, which is as large however long it is. A branch: this text goes on without it.
+    ///
+    /// - Throws: `TTTError.stateLost` after a call that failed midway.
     public func state() async throws -> TextState {
         await takeTurn()
         defer { endTurn() }
@@ -133,11 +164,14 @@ public actor TTTGenerator {
         return ["The state was made with \(weights) weights and goes on with \(info.weights): the text may differ a little."]
     }
 
-    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is.
+    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is, also if
+    /// the app is killed meanwhile.
+    ///
+    /// - Throws: `TTTError.unwritableFile`, `.stateLost`.
     public func save(to file: URL) async throws {
         let state = try await state()
         do {
-            try StateFile.encoded(state).write(to: file, options: .atomic)
+            try WholeFile.write(StateFile.encoded(state), to: file)
         } catch {
             throw TTTError.unwritableFile(file.lastPathComponent, error.localizedDescription)
         }
@@ -159,7 +193,7 @@ public actor TTTGenerator {
         try options.check()
         await takeTurn()
         defer { endTurn() }
-        speed = TTTSpeed()
+        (speed, stop) = (TTTSpeed(), nil)
         let started = Date()
         try append(prompt)
         let endTokens = options.endTokens ?? model.info.endTokens
@@ -181,13 +215,20 @@ public actor TTTGenerator {
             unread = [token]
             speed.tokens = count
             speed.seconds = now.timeIntervalSince(started) - speed.promptSeconds
-            if endTokens.contains(token) { break }
+            if endTokens.contains(token) {
+                stop = .endToken
+                break
+            }
             let piece = text.append(detokenizer.append(token))
             if !piece.isEmpty { show(piece) }
-            if text.isStopped { return }
+            if text.isStopped {
+                stop = .stopString
+                return
+            }
         }
         let rest = text.finish()
         if !rest.isEmpty { show(rest) }
+        stop = stop ?? .length
     }
 
     /// Puts text behind what is there, for the model to read.
@@ -265,14 +306,27 @@ public actor TTTGenerator {
     }
 }
 
+/// Why a text ended.
+public enum TTTStop: Sendable, Equatable {
+    /// `TTTOptions.maxTokens` are written.
+    case length
+    /// The model wrote one of the tokens at which texts end.
+    case endToken
+    /// A text of `TTTOptions.stopStrings` came.
+    case stopString
+}
+
 /// How fast a text was read and written.
 public struct TTTSpeed: Sendable, Equatable {
-    /// Tokens of the prompt, and the seconds until the first new token.
+    /// Tokens of the prompt.
     public internal(set) var promptTokens = 0
+    /// Seconds until the first new token.
     public internal(set) var promptSeconds = 0.0
-    /// New tokens, and the seconds between the first and the last of them.
+    /// New tokens.
     public internal(set) var tokens = 0
+    /// Seconds between the first new token and the last.
     public internal(set) var seconds = 0.0
 
+    /// New tokens a second, the first aside, which the prompt has cost; 0 for less than two.
     public var tokensPerSecond: Double { seconds > 0 ? Double(tokens - 1) / seconds : 0 }
 }

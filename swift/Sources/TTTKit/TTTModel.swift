@@ -13,12 +13,14 @@ public protocol TTTModel: Sendable {
     ///   - block: token ids, `info.prefillTokens` of them.
     ///   - length: how many of them count, at least 1; the others are padding.
     /// - Returns: logits of what follows the last token that counts, `info.vocabularySize` of them.
+    /// - Throws: what the framework throws; then the state is lost until `restore` or `reset`.
     func prefill(_ block: [Int], length: Int) async throws -> [Float]
 
     /// Reads the next token of the text.
     ///
     /// - Parameter position: of the token in its mini-batch, from 0 to `info.miniBatchSize - 1`.
     /// - Returns: logits of what follows it, `info.vocabularySize` of them.
+    /// - Throws: as `prefill`.
     func decode(_ token: Int, position: Int) async throws -> [Float]
 
     /// The state, one per layer. Its size does not depend on the length of the text.
@@ -34,6 +36,14 @@ public protocol TTTModel: Sendable {
 
     /// Back to the state before the first token.
     func reset() async throws
+
+    /// Gives back what can be loaded again when it is needed. The state stays.
+    func giveBackMemory() async
+}
+
+extension TTTModel {
+    /// Does nothing: not every model has something to give back.
+    public func giveBackMemory() async {}
 }
 
 /// What a package says of itself: no number of a certain model is written down in this code.
@@ -51,11 +61,24 @@ public struct TTTModelInfo: Sendable, Equatable {
     /// How the large matrices are stored, such as "float16" or "int8".
     public let weights: String
 
+    /// Of tokens, known or in a block; no model is near it. They are 32-bit integers on their way.
+    private static let most = 10_000_000
+
+    /// - Parameters:
+    ///   - miniBatchSize: tokens, K.
+    ///   - vocabularySize: logits, V.
+    ///   - prefillTokens: a multiple of K.
+    ///   - endTokens: ids.
+    ///   - fingerprint: what states of this model say.
+    ///   - weights: how they are stored.
+    /// - Throws: `TTTError.notATTTPackage` if the numbers do not go together.
     public init(
         miniBatchSize: Int, vocabularySize: Int, prefillTokens: Int, endTokens: Set<Int>, fingerprint: String,
         weights: String = "float32"
     ) throws {
-        guard miniBatchSize > 0, vocabularySize > 0, prefillTokens > 0, prefillTokens % miniBatchSize == 0 else {
+        guard miniBatchSize > 0, (1...Self.most).contains(vocabularySize), (1...Self.most).contains(prefillTokens),
+            prefillTokens % miniBatchSize == 0
+        else {
             throw TTTError.notATTTPackage(
                 "mini-batches of \(miniBatchSize), blocks of \(prefillTokens), \(vocabularySize) tokens")
         }
@@ -70,6 +93,7 @@ public struct TTTModelInfo: Sendable, Equatable {
     /// - Parameters:
     ///   - metadata: the entries that the exporter put into the package, by key.
     ///   - source: what the package was exported from.
+    /// - Throws: `TTTError.notATTTPackage`, `.formatVersion`.
     public init(metadata: [String: String], source: ModelSource) throws {
         func text(_ name: String) throws -> String {
             let key = "com.mlx-ttt.\(name)"

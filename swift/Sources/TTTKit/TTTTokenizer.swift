@@ -6,8 +6,21 @@ public protocol TTTTokenizer: Sendable {
     /// What a token adds to a text: UTF-8, possibly a part of a character. Nothing for control tokens.
     func bytes(of token: Int) -> [UInt8]
 
+    /// How a token's bytes go with those before. `.bytes` if a tokenizer does not say.
+    func kind(of token: Int) -> TTTTokenKind
+
     /// What becomes of spaces at the start of a text when it is put together from tokens.
     var leadingSpaces: LeadingSpaces { get }
+}
+
+/// How the bytes of a token go with those of the tokens before.
+public enum TTTTokenKind: Sendable {
+    /// They may be a part of a character.
+    case bytes
+    /// They are whole characters, or none. Bytes before that have not become a character never will.
+    case text
+    /// The same, and they begin with a space, which at the start of a text the tokenizer may have put there.
+    case word
 }
 
 /// Spaces at the start of a text that is put together from tokens.
@@ -21,6 +34,9 @@ public enum LeadingSpaces: Sendable {
 }
 
 extension TTTTokenizer {
+    /// `.bytes`
+    public func kind(of token: Int) -> TTTTokenKind { .bytes }
+
     /// Text that goes on after other text.
     ///
     /// Some tokenizers put a space in front of every text. After a line break they do not, so the text is encoded

@@ -1,5 +1,6 @@
 import Foundation
 import TTTFormats
+import TTTReference
 import XCTest
 
 @testable import TTTKit
@@ -37,7 +38,11 @@ final class FuzzTests: XCTestCase {
         return Data(bytes)
     }
 
-    private func fuzz(_ name: String, _ data: Data, _ read: (Data) throws -> Void) throws {
+    /// - Parameter refuses: at least so many of a hundred.
+    private func fuzz(
+        _ name: String, _ data: Data, times: Int? = nil, refuses: Int = 10, _ read: (Data) throws -> Void
+    ) throws {
+        let count = times ?? self.count
         try read(data)
         var random = SplitMix64(state: UInt64(name.utf8.count))
         var refused = 0
@@ -49,11 +54,37 @@ final class FuzzTests: XCTestCase {
                 XCTAssertTrue(error is TTTError, "\(name): \(error)")
             }
         }
-        XCTAssertGreaterThan(refused, count / 10, name)
+        XCTAssertGreaterThan(refused * 100, count * refuses, name)
     }
 
     func testStateFiles() throws {
         try fuzz("state", Data(contentsOf: Files.fixture("small/python.state"))) { _ = try StateFile.decoded($0) }
+    }
+
+    /// The arrays of a state that has the right digest are still of any shape.
+    func testStatesThatAnotherProgramWrote() throws {
+        let state = try TextState(contentsOf: Files.fixture("small/python.state"))
+        let directory = Files.fixture("small")
+        let network = try ReferenceNetwork(directory: directory)
+        var random = SplitMix64(state: 1)
+        for _ in 0..<count {
+            var changed = state
+            let layer = Int.random(in: 0..<changed.layers.count, using: &random)
+            let rows = changed.layers[layer].rows
+            let size = Int.random(in: 0..<8, using: &random)
+            switch Int.random(in: 0..<6, using: &random) {
+            case 0: changed.layers[layer].rows = Tensor(zeros: [1, size, rows.shape[2], rows.shape[3]])
+            case 1: changed.layers[layer].weights.removeLast()
+            case 2: changed.layers[layer].history["conv_\(size)"] = Tensor(zeros: [size])
+            case 3: changed.layers.append(changed.layers[layer])
+            case 4: changed.tokens = (0..<size).map { $0 - 2 << (8 * $0) }
+            default: for i in changed.layers.indices { changed.layers[i].offset = .max - size }
+            }
+            guard let read = try? StateFile.decoded(StateFile.encoded(changed)) else { continue }
+            XCTAssertEqual(
+                zip(read.layers, network.start).allSatisfy { $0.hasShape(of: $1) } && read.layers.count == network.start.count,
+                zip(changed.layers, network.start).allSatisfy { $0.hasShape(of: $1) } && changed.layers.count == network.start.count)
+        }
     }
 
     func testSafetensors() throws {
@@ -69,13 +100,51 @@ final class FuzzTests: XCTestCase {
         }
     }
 
+    /// A model directory of which one file is damaged, up to the logits.
+    func testModelDirectories() throws {
+        let directory = FileManager.default.temporaryDirectory.appendingPathComponent("fuzz-\(UUID().uuidString)")
+        defer { try? FileManager.default.removeItem(at: directory) }
+        for changed in ["config.json", "model.safetensors"] {
+            try? FileManager.default.removeItem(at: directory)
+            try FileManager.default.createDirectory(at: directory, withIntermediateDirectories: true)
+            for name in ["config.json", "model.safetensors"] {
+                try FileManager.default.copyItem(
+                    at: Files.fixture("small").appendingPathComponent(name), to: directory.appendingPathComponent(name))
+            }
+            let file = directory.appendingPathComponent(changed)
+            try fuzz("directory with another \(changed)", Data(contentsOf: file), times: count / 4) { data in
+                try data.write(to: file)
+                let network = try ReferenceNetwork(directory: directory)
+                var state = network.start
+                for token in 0..<6 { _ = network.logits(try network.read(token, &state)) }
+            }
+        }
+    }
+
     func testLayouts() throws {
         let text = try XCTUnwrap(Files.arrays("layout-mlp.safetensors").metadata["layout"])
-        try fuzz("layout", Data(text.utf8)) { _ = try StateLayout(JSON($0)) }
+        try fuzz("layout", Data(text.utf8)) { data in
+            let description = try JSON(data)
+            let layout = try StateLayout(description)
+            _ = try StateGroups(description, layout: layout)
+        }
+    }
+
+    func testPackages() throws {
+        let facts = try Files.json("linear.bundle/metadata.json")["user_data"]?.members ?? []
+        let source = ModelSource(
+            fingerprint: "a", modelFingerprint: facts.first { $0.key == "com.mlx-ttt.model" }?.value.string ?? "",
+            startWeights: [])
+        let text = "{\(facts.map { "\(quoted($0.key)): \(quoted($0.value.string ?? ""))" }.joined(separator: ", "))}"
+        try fuzz("package", Data(text.utf8)) { data in
+            let members = try JSON(data).members ?? []
+            let metadata = Dictionary(members.map { ($0.key, $0.value.string ?? "") }) { $1 }
+            _ = try TTTModelInfo(metadata: metadata, source: source)
+        }
     }
 
     func testTokenizers() throws {
-        for name in ["llama-2", "unigram-symbols", "bytes-llama-3"] {
+        for name in ["llama-2", "unigram-symbols", "unigram-nfkc", "bytes-llama-3"] {
             let file = Files.fixture("tokenizers/\(name)/tokenizer.json")
             try fuzz(name, Data(contentsOf: file)) { data in
                 let tokenizer = try JSONTokenizer(JSON(data), settings: .object([]))
@@ -83,5 +152,28 @@ final class FuzzTests: XCTestCase {
                 _ = tokenizer.decode(ids + [-1, 1_000_000])
             }
         }
+    }
+
+    func testChatTemplates() throws {
+        let messages = [ChatMessage(role: "system", content: "Be kind."), ChatMessage(role: "user", content: " Hi\n")]
+        for entry in try Files.json("templates.json")["templates"]?.members ?? [] {
+            try fuzz("template \(entry.key)", Data((entry.value.string ?? "").utf8), refuses: 20) { data in
+                _ = try ChatTemplate(String(decoding: data, as: UTF8.self), tokens: ["bos_token": "<s>"])(messages)
+            }
+        }
+    }
+
+    func testWhatOnceTrapped() throws {
+        let chain = String(repeating: "+ 1 ", count: 100_000)
+        XCTAssertThrowsError(try ChatTemplate("{{ 1 \(chain)}}"))
+        let most = "5000000000000000000 % 9000000000000000000"
+        XCTAssertEqual(try ChatTemplate("{{ \(most) }}, {{ -7 % 3 }}")([]), "5000000000000000000, 2")
+        XCTAssertThrowsError(try ModelConfiguration(JSON(#"{"mini_batch_size": 1000000000}"#.utf8)))
+        XCTAssertThrowsError(
+            try TTTModelInfo(
+                miniBatchSize: 1, vocabularySize: 1 << 40, prefillTokens: 1, endTokens: [], fingerprint: ""))
+        XCTAssertThrowsError(
+            try TTTModelInfo(
+                miniBatchSize: 1, vocabularySize: 9, prefillTokens: 1 << 40, endTokens: [], fingerprint: ""))
     }
 }

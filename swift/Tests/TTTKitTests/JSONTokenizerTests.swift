@@ -56,6 +56,26 @@ final class JSONTokenizerTests: XCTestCase {
         }
     }
 
+    /// Any tokens, bytes that are no text included: each piece is whole code points, and the pieces add up to the text.
+    func testNoStreamSplitsACodePoint() throws {
+        try forEach { name, tokenizer, cases in
+            for run in cases["runs"]?.array ?? [] {
+                var detokenizer = Detokenizer(tokenizer)
+                var stream = TextStream(stopStrings: ["never 🙂"])
+                var text = ""
+                for id in run["ids"]?.integers ?? [] {
+                    let bytes = detokenizer.append(id)
+                    XCTAssertNotNil(String(validating: bytes, as: UTF8.self), name)
+                    let piece = stream.append(bytes)
+                    XCTAssertFalse(piece.unicodeScalars.contains("\u{FFFD}") && !bytes.contains(0xEF), "\(name): \(piece)")
+                    text += piece
+                }
+                text += stream.finish()
+                XCTAssertTrue(text.utf8.elementsEqual((run["text"]?.string ?? "").utf8), "\(name): \(run)")
+            }
+        }
+    }
+
     func testStreamedTextIsTheTextAndNeverHalfACharacter() throws {
         let tokenizer = try JSONTokenizer(folder: Files.bundled)
         let text = "naïve 🙂 👩\u{200D}👧 日本 e\u{301} \u{1F1E9}\u{1F1EA}"

@@ -132,6 +132,59 @@ final class TTTGeneratorTests: XCTestCase {
         XCTAssertEqual(continued, whole)
     }
 
+    /// For the thread sanitizer: everything at once, and the text is one that can be continued at the end.
+    func testCancelsAndRestartsFromManyTasks() async throws {
+        let generator = makeGenerator(mixing(try .test()))
+        try await generator.read("Once")
+        let saved = try await generator.state()
+        await withTaskGroup(of: Void.self) { group in
+            for i in 0..<200 {
+                group.addTask {
+                    switch i % 7 {
+                    case 0:
+                        do {
+                            for try await _ in generator.generate("a", options: TTTOptions(maxTokens: 50)) { break }
+                        } catch {}  // emptyPrompt, stateLost: whatever the others have just done
+                    case 1:
+                        let task = Task { try await generator.text("b", maxTokens: 50) }
+                        if i % 2 == 0 { await Task.yield() }
+                        task.cancel()
+                        _ = try? await task.value
+                    case 2:
+                        let task = Task { try await generator.read("0123456789") { _, _ in } }
+                        task.cancel()
+                        _ = try? await task.value
+                    case 3: _ = try? await generator.state()
+                    case 4: _ = try? await generator.restore(saved)
+                    case 5: try? await generator.reset()
+                    default:
+                        await generator.giveBackMemory()
+                        _ = await (generator.position, generator.speed, generator.stop, generator.unreadTokens)
+                    }
+                }
+            }
+        }
+        await generator.settle()
+        try await generator.restore(saved)
+        let text = try await generator.text(" upon", maxTokens: 9)
+        let whole = try await makeGenerator(mixing(try .test())).text("Once upon", maxTokens: 9)
+        XCTAssertEqual(text, whole)
+    }
+
+    func testSaysWhyItStopped() async throws {
+        let generator = makeGenerator(scripted("one, two", after: 2, info: try .test()))
+        let none = await generator.stop
+        XCTAssertNil(none)
+        for (options, expected) in [
+            (TTTOptions(maxTokens: 2), TTTStop.length), (TTTOptions(stopStrings: [", "]), .stopString),
+            (TTTOptions(), .endToken),
+        ] {
+            _ = try await generator.pieces(expected == .length ? "x" : "", options)
+            let stop = await generator.stop
+            XCTAssertEqual(stop, expected)
+        }
+    }
+
     func testCallsTakeTurns() async throws {
         let generator = makeGenerator(mixing(try .test()))
         async let first = generator.text("first", maxTokens: 50)

@@ -42,6 +42,32 @@ final class StateLayoutTests: XCTestCase {
         }
     }
 
+    func testGroupsAreThoseOfPython() throws {
+        for kind in ["linear", "mlp"] {
+            let file = try Files.arrays("layout-\(kind).safetensors")
+            let description = try JSON(XCTUnwrap(file.metadata["layout"]).utf8)
+            let groups = try StateGroups(description, layout: StateLayout(description))
+            let packed = try file.tensor("packed").values
+            let found = groups.apart(packed)
+            XCTAssertEqual(found.count, 3)
+            for group in groups.groups {
+                let expected = try file.tensor("grouped.\(group.name)")
+                XCTAssertEqual(group.shape, expected.shape, group.name)
+                XCTAssertEqual(found[group.name], expected.values, group.name)
+            }
+            XCTAssertEqual(groups.together(found), packed)
+        }
+    }
+
+    func testRefusesWhatAreNoGroups() throws {
+        let text = try XCTUnwrap(Files.arrays("layout-mlp.safetensors").metadata["layout"])
+        let layout = try StateLayout(JSON(text.utf8))
+        for (old, new) in [("\"groups\"", "\"group\""), ("[\"W1\", ", "[\"W9\", "), ("[\"W1\", ", "["), ("[\"e1\"", "[\"W1\"")] {
+            XCTAssertTrue(text.contains(old), text)
+            XCTAssertThrowsError(try StateGroups(JSON(text.replacingOccurrences(of: old, with: new).utf8), layout: layout), new)
+        }
+    }
+
     func testRefusesWhatIsNoLayout() throws {
         let text = try XCTUnwrap(Files.arrays("layout-mlp.safetensors").metadata["layout"])
         for (old, new) in [("\"W2\"", "\"W3\""), ("\"head_dim\": 8", "\"head_dim\": 6"), ("\"shape\": [2", "\"shape\": [0")] {

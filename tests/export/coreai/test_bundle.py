@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -48,6 +49,18 @@ class TestBundle:
         assert language["states"] == dict.fromkeys(["tttWeights", "tttInputs", "tttErrors"], "fixed")
         assert all(isinstance(value, str) for value in content["user_data"].values())
         assert read_bundle(exported).facts["model"] == fingerprint(mlx_ttt.load_model()[0])
+
+    def test_what_swift_reads_beside_the_program(self, exported):
+        """The states of `main` by the layout of metadata.json, and the start weights that they are differences from."""
+        model, tokenizer = mlx_ttt.load()
+        arrays, source = mx.load(str(exported / "source.safetensors"), return_metadata=True)
+        assert source == {"fingerprint": fingerprint(model, tokenizer), "model": fingerprint(model)}
+        start = model.make_cache()[0].weights[0]
+        np.testing.assert_array_equal(arrays["0.W1"], start)
+        state = read_bundle(exported).facts["state"]
+        assert state["groups"]["tttErrors"] == ["e1"]
+        assert state["parts"] == StateLayout.of(model.args).description()["parts"]
+        assert state["dtype"] == "float32"
 
     def test_tokenizer_gives_the_same_ids(self, exported):
         ours = mlx_ttt.load()[1]._tokenizer

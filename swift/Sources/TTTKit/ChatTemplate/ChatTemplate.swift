@@ -5,8 +5,10 @@ import TTTFormats
 public struct ChatMessage: Sendable, Equatable {
     /// "system", "user" or "assistant".
     public var role: String
+    /// What is said.
     public var content: String
 
+    /// A turn of `role`, which says `content`.
     public init(role: String, content: String) {
         self.role = role
         self.content = content

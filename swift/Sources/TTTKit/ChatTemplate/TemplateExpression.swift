@@ -91,7 +91,7 @@ indirect enum TemplateExpression: Sendable {
         case "+": return .number(x &+ y)
         case "-": return .number(x &- y)
         case "*": return .number(x &* y)
-        case "%" where y > 0: return .number((x % y + y) % y)
+        case "%" where y > 0: return .number(x % y < 0 ? x % y + y : x % y)
         default: throw TTTError.unsupported("The chat template computes \(x) \(operation) \(y)")
         }
     }

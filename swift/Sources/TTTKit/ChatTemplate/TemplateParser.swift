@@ -68,6 +68,7 @@ struct ExpressionParser {
     private var depth = 0
 
     private static let deepest = 100
+    private static let longest = 500
 
     init(_ tokens: [TemplateLexer.Token]) {
         self.tokens = tokens[...]
@@ -95,6 +96,8 @@ struct ExpressionParser {
 
     /// All tokens.
     mutating func whole() throws -> TemplateExpression {
+        // A chain of operators is as deep a tree as it is long.
+        guard tokens.count <= Self.longest else { throw TTTError.unsupported("The chat template has too long an expression") }
         let expression = try self.expression()
         guard tokens.isEmpty else { throw unexpected }
         return expression

@@ -36,7 +36,7 @@ struct CharacterMap: Sendable {
                 result += replacement(of: bytes) ?? bytes
             }
         }
-        return result
+        return Array(String(decoding: result, as: UTF8.self).utf8)  // a damaged map may point into a character
     }
 
     /// Of the shortest start of `key` that the map has.

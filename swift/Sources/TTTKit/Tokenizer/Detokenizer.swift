@@ -6,25 +6,31 @@ import TTTFormats
 struct Detokenizer {
     private let tokenizer: any TTTTokenizer
     private var held: [UInt8] = []
-    private var isAtStart = true
+    private var isAtStart: Bool
 
     private static let replacement = Array("\u{FFFD}".utf8)
 
     /// - Parameter context: the tokens before, of which the last may hold the first bytes of a character.
     init(_ tokenizer: any TTTTokenizer, context: [Int] = []) {
         self.tokenizer = tokenizer
+        isAtStart = tokenizer.leadingSpaces != .kept
         for token in context { _ = append(token) }
     }
 
     /// The text that this token completes, as UTF-8.
     mutating func append(_ token: Int) -> [UInt8] {
         var bytes = tokenizer.bytes(of: token)
-        if isAtStart, held.isEmpty, tokenizer.leadingSpaces != .kept, bytes.first == UInt8(ascii: " ") {
-            bytes.removeFirst()
-            isAtStart = tokenizer.leadingSpaces == .none
+        let kind = tokenizer.kind(of: token)
+        var text: [UInt8] = []
+        if kind != .bytes {
+            for _ in held { text += Self.replacement }
+            held = []
+            if isAtStart, text.isEmpty, kind == .word, bytes.first == UInt8(ascii: " ") {
+                bytes.removeFirst()
+                isAtStart = tokenizer.leadingSpaces == .none
+            }
         }
         held += bytes
-        var text: [UInt8] = []
         while !held.isEmpty {
             let length = Self.length(ofCharacter: held[...])
             if length == 0 { break }  // more bytes must come

@@ -17,12 +17,14 @@ public struct JSONTokenizer: TTTTokenizer {
     private let asWritten: AddedTokens
     private let normalized: AddedTokens
     private let template: [Template]
-    private let pieces: [[UInt8]]
+    private let pieces: [Piece]
+    private let isByteLevel: Bool
     private let settings: JSON
     private var templateFile: String?
 
     /// Every token by its text, those that were added included.
     package let vocabulary: [(token: String, id: Int)]
+    /// As the tokenizer's decoder treats them.
     public private(set) var leadingSpaces = LeadingSpaces.kept
 
     private enum Template: Sendable {
@@ -73,7 +75,8 @@ public struct JSONTokenizer: TTTTokenizer {
             if vocabulary.updateValue(id, forKey: Array(text.utf8)) == nil { all.append((text, id)) }
         }
         self.vocabulary = all
-        pieces = Pieces.bytes(all, added: added, decoder: json["decoder"], settings: settings)
+        isByteLevel = Decoder.isByteLevel(json["decoder"])
+        pieces = Pieces.all(all, added: added, decoder: json["decoder"], settings: settings)
         guard Decoder.strips(json["decoder"]) else { return }
         leadingSpaces = .first
         // A tokenizer that makes one space of several keeps none at the start.
@@ -116,6 +119,9 @@ public struct JSONTokenizer: TTTTokenizer {
         }
     }
 
+    /// Ids of a text, those that the library `tokenizers` gives.
+    ///
+    /// - Throws: `TTTError.unsupported` for a character that a unigram model without an unknown token has no token for.
     public func encode(_ text: String, addingSpecialTokens: Bool) throws -> [Int] {
         var ids: [Int] = []
         for (index, part) in asWritten.split(Array(text.utf8)).enumerated() {
@@ -150,8 +156,14 @@ public struct JSONTokenizer: TTTTokenizer {
         return ids
     }
 
+    /// What a token adds to a text, in UTF-8; nothing for control tokens and ids that there are not.
     public func bytes(of token: Int) -> [UInt8] {
-        pieces.indices.contains(token) ? pieces[token] : []
+        pieces.indices.contains(token) ? pieces[token].bytes : []
+    }
+
+    /// Of byte-level tokenizers all are `.bytes`; of the others those that stand for a byte.
+    public func kind(of token: Int) -> TTTTokenKind {
+        pieces.indices.contains(token) ? pieces[token].kind : isByteLevel ? .bytes : .text
     }
 
     /// The text of a token that `tokenizer_config.json` names, such as `bos_token`.

@@ -1,23 +1,34 @@
 import TTTFormats
 
+/// What a token adds to a text: UTF-8, or bytes that are no text by themselves. Nothing for control tokens.
+struct Piece: Sendable {
+    let bytes: [UInt8]
+    let kind: TTTTokenKind
+}
+
 /// What each token adds to a text.
 enum Pieces {
     private static let space = "\u{2581}"  // SentencePiece writes a space as this character
     private static let unknown = " \u{2047} "  // SentencePiece shows the unknown piece as this text
 
-    /// By id: UTF-8, or bytes that are no text by themselves. Nothing for control tokens.
-    static func bytes(_ vocabulary: [(token: String, id: Int)], added: [JSON], decoder: JSON?, settings: JSON) -> [[UInt8]] {
+    /// By id.
+    static func all(_ vocabulary: [(token: String, id: Int)], added: [JSON], decoder: JSON?, settings: JSON) -> [Piece] {
         let special = Set(added.filter { $0["special"]?.bool == true }.compactMap { $0["id"]?.int })
         let isByteLevel = Decoder.isByteLevel(decoder)
         let unknownToken = settings["unk_token"]?.string ?? settings["unk_token"]?["content"]?.string ?? "<unk>"
-        var pieces = [[UInt8]](repeating: [], count: (vocabulary.map(\.id).max() ?? -1) + 1)
+        let nothing = Piece(bytes: [], kind: isByteLevel ? .bytes : .text)
+        var pieces = [Piece](repeating: nothing, count: (vocabulary.map(\.id).max() ?? -1) + 1)
         for (token, id) in vocabulary {
             if isByteLevel {
-                if !special.contains(id) { pieces[id] = ByteAlphabet.bytes(token) ?? Array(token.utf8) }
+                if special.contains(id) { continue }
+                pieces[id] = Piece(bytes: ByteAlphabet.bytes(token) ?? Array(token.utf8), kind: .bytes)
             } else if token.utf8.elementsEqual(unknownToken.utf8) {
-                pieces[id] = Array(unknown.utf8)
+                pieces[id] = Piece(bytes: Array(unknown.utf8), kind: .text)
+            } else if let byte = byte(token) {
+                if !special.contains(id) { pieces[id] = Piece(bytes: byte, kind: .bytes) }
             } else if !special.contains(id) {
-                pieces[id] = byte(token) ?? Array(token.utf8.split(space))
+                let isWord = token.utf8.starts(with: space.utf8)
+                pieces[id] = Piece(bytes: token.utf8.split(space), kind: isWord ? .word : .text)
             }
         }
         return pieces

@@ -20,7 +20,7 @@ struct Unigram: Sendable {
     init(_ json: JSON, vocabulary: [[UInt8]: Int]) throws {
         self.vocabulary = vocabulary
         let entries = json["vocab"]?.array ?? []
-        let scores = entries.compactMap { $0.array?.last?.number }
+        let scores = entries.compactMap { $0.array?.last?.number.map(Self.asTokenizersReads) }
         guard scores.count == entries.count, !scores.isEmpty else { throw TTTError.damaged("scores of tokenizer.json") }
         self.scores = scores
         unknown = json["unk_id"]?.int
@@ -41,6 +41,19 @@ struct Unigram: Sendable {
             }
             tokenOfNode[node] = token
         }
+    }
+
+    /// A score as the library `tokenizers` has it: it reads the digits as a whole number, and divides by a power of ten, which
+    /// may be off by one in the last place. Where two segmentations have the same score, that decides.
+    private static func asTokenizersReads(_ score: Double) -> Double {
+        let parts = "\(score.magnitude)".split(separator: "e")
+        let number = (parts.first ?? "").split(separator: ".", omittingEmptySubsequences: false)
+        let fraction = number.count > 1 ? number[1] : ""
+        guard let digits = UInt64((number.first ?? "") + fraction), let written = Int(parts.count > 1 ? parts[1] : "0"),
+            let power = Double("1e\(abs(written - fraction.count))")
+        else { return score }
+        let value = written < fraction.count ? Double(digits) / power : Double(digits) * power
+        return score < 0 ? -value : value
     }
 
     /// Ids of a piece, in UTF-8.
