@@ -15,9 +15,9 @@ from .command import CONTEXT, Command, Progress, show_table
 @click.argument("out", type=Path)
 @click.option(
     "--weights",
-    type=click.Choice(["float32", "float16", "int8", "int4"]),
+    type=click.Choice(["float32", "float16", "int8", "int4", "lut4"]),
     default="float16",
-    help="How the large matrices are stored. Run `verify` before you ship one of the small ones.",
+    help="How the large matrices are stored; lut4: in tables of 16 numbers. Run `verify` before you ship a small one.",
 )
 @click.option(
     "--compute",

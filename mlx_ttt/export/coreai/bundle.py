@@ -33,7 +33,7 @@ from .state import groups
 VERSION = "0.2"  # of Apple's metadata.json
 _CONTEXT = 1 << 20  # tokens; Apple's runner wants a number, the model has no limit
 _BESIDE_WEIGHTS = 64 << 20  # bytes to spare for graphs, constants and the tokenizer
-_BITS = {"float32": 32, "float16": 16, "int8": 9, "int4": 5}
+_BITS = {"float32": 32, "float16": 16, "int8": 9, "int4": 5, "lut4": 5}
 
 
 @dataclass(frozen=True)

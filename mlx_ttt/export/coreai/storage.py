@@ -8,7 +8,7 @@ import numpy as np
 
 from . import compiler
 from .compiler import Value, constant, dialect
-from .formats import scaled, table_format
+from .formats import palettized, scaled, table_format
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Storage:
             zero = np.zeros(stored.scale.shape)
             offsets = constant(zero.astype(stored.data.dtype)), constant(zero.astype(x.dtype))
             return dialect.blockwise_shift_scale(constant(stored.data), constant(stored.scale), *offsets)
+        if self.weights == "lut4":
+            found = palettized(x)
+            tables = found.tables[None, :, :, None]  # all inputs of a group of outputs share one
+            return dialect.lut_to_dense(constant(found.places), constant(tables), constant(np.asarray(0, np.int16)))
         return _cast(constant(x.T.astype(self.weights)), x.dtype)
 
     def table(self, x: np.ndarray) -> Value:

@@ -17,11 +17,11 @@ from ...loading import load_model
 from ...network.model import Model
 from ...text.state import fingerprint
 from ..errors import first_line
-from ..layout import StateLayout, halves_first
+from ..layout import StateLayout
 from ..numbers import COMPUTE
 from ..operations import NumberType
 from ..verify import invented_text, log_softmax
-from ..weights import matrix
+from ..weights import Joined, joined, matrix
 from .bundle import read_bundle
 from .formats import as_stored, table_format
 from .program import ALL, outside
@@ -152,36 +152,19 @@ def verify(
 
 
 def store(model: Model, weights: str, compute: str) -> None:
-    """Give a model's matrices the numbers that a bundle of this format stores."""
-    number = COMPUTE[compute][0]
-    table = table_format(weights)
-    columns = _columns(model)
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding):
-            continue
-        is_table = "embed_tokens" in name
-        order = columns if name.endswith("o_proj") else np.arange(matrix(module).shape[1])
-        rounded = as_stored(matrix(module)[:, order].astype(number), table if is_table else weights)
-        numbers = np.empty_like(rounded)
-        numbers[:, order] = rounded
-        rows, width = numbers.shape
-        plain = nn.Embedding(rows, width) if is_table else nn.Linear(width, rows, bias=False)
-        plain.weight = mx.array(numbers)
-        _replace(model, name, plain)
-
-
-def _columns(model: Model) -> np.ndarray:
-    """The order in which o_proj's columns are exported, and so which of them share a block."""
-    H, D = model.args.num_attention_heads, model.args.head_dim
-    return (np.arange(H)[:, None] * D + halves_first(D)).ravel()
-
-
-def _replace(model: Model, name: str, module: nn.Module) -> None:
-    *path, last = name.split(".")
-    parent = model
-    for part in path:
-        parent = parent[int(part)] if part.isdigit() else parent[part]
-    parent[last] = module
+    """Give a model's matrices the numbers that a bundle of this format stores, joined as they are in the bundle: what
+    shares a block or a table depends on it.
+    """
+    number, args = COMPUTE[compute][0], model.args
+    for block in model.layers:
+        for part in joined(block, args).values():
+            part.replace(as_stored(part.matrix.astype(number), weights))
+    table = as_stored(matrix(model.model.embed_tokens).astype(number), table_format(weights))
+    model.model.embed_tokens = nn.Embedding(*table.shape)
+    model.model.embed_tokens.weight = mx.array(table)
+    if not args.tie_word_embeddings:
+        head = Joined(model, ("lm_head",))
+        head.replace(as_stored(head.matrix.astype(number), weights))
 
 
 def _read(model: Model, ids: Sequence[int]) -> tuple[np.ndarray, list]:

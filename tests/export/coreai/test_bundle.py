@@ -102,7 +102,7 @@ class TestBundle:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4", "lut4"])
 def test_formats_on_the_runtime(programs, model_dirs, weights):
     """The same numbers in MLX: what differs is only the order of sums."""
     model, runtime = programs("linear-transformer", weights, "float32", ("decode", "prefill"))
