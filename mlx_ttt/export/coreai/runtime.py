@@ -105,10 +105,12 @@ class InParts:
         self.states = {name: NDArray(x) for name, x in arrays.items()}
 
 
-def start_session(runtime: Runtime, layout: StateLayout, number_type: type, block: int = 0) -> Session:
-    """A text before its first token, to be read by `decode` and `prefill`."""
+def start_session(
+    runtime: Runtime, layout: StateLayout, number_type: type, learning: np.ndarray | None = None
+) -> Session:
+    """A text before its first token, to be read by `decode` and `prefill`; with a learning scale if they take one."""
     K = layout.args.mini_batch_size
-    return Session(InParts(runtime, layout, number_type), K, block or K)
+    return Session(InParts(runtime, layout, number_type), K, K, learning)
 
 
 class Main:

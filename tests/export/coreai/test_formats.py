@@ -58,6 +58,11 @@ def test_numbers_of_a_matrix(weights):
     assert error <= {"float32": 0, "float16": 1e-3, "int8": 0.01, "int4": 0.15, "lut4": 0.12}[weights]
 
 
+def test_no_number_that_the_runtime_misreads():
+    x = np.float32([1e-5, -4e-5, 6e-5, 6.2e-5, 0, -1e-9, 2])
+    assert as_stored(x, "float16").tolist() == [0, -(2**-14), 2**-14, np.float16(6.2e-5), 0, 0, 2]
+
+
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_model_with_the_stored_numbers(flags):
     """In float32 every layer keeps its own; in four bits q, k and v have the numbers of one matrix, as in the bundle."""
