@@ -24,7 +24,7 @@ from .operations import NumberType, Value
 
 @dataclass(frozen=True)
 class Signals:
-    """What one layer's learner does with each token of a call, zero for tokens that do not count: [1, H, T, 1], float32.
+    """What one layer's learner does with each token: [1, H, T, 1], float32, zero for tokens that do not count.
 
     network/rule.py says what loss, lr and write_norm are.
     """

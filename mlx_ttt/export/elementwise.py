@@ -50,9 +50,7 @@ def layer_norm(ops: Operations, x: Value, weight: np.ndarray, bias: np.ndarray) 
     return ops.add(ops.mul(normalize(ops, x, EPS, centred=True)[0], weight), bias)
 
 
-def miss_and_grad(
-    ops: Operations, z: Value, aim: Value, gamma: np.ndarray, beta: np.ndarray
-) -> tuple[Value, Value]:
+def miss_and_grad(ops: Operations, z: Value, aim: Value, gamma: np.ndarray, beta: np.ndarray) -> tuple[Value, Value]:
     """LN(z) - aim, and the gradient of ‖LN(z) - aim‖² / 2 with respect to z, each of z's shape.
 
     With ẑ the normalized z, s its standard deviation and u = (LN(z) - aim) gamma it is (u - mean u - ẑ mean(u ẑ)) / s.

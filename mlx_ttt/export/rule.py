@@ -105,8 +105,8 @@ class UpdateRule:
         for name in self.learner.inner.row_names:
             after[name] = narrow(self.call.kept([rows[name] for rows in rows_of]), state[name])
         if self.call.seen is not None:
-            parts = ([getattr(one, name) for one in signals] for name in ("loss", "lr", "write_norm"))
-            self.call.seen.append(Signals(*(self.call.where_counted(ops.concat(x, axis=2)) for x in parts)))
+            by_kind = ([getattr(one, name) for one in signals] for name in ("loss", "lr", "write_norm"))
+            self.call.seen.append(Signals(*(self.call.where_counted(ops.concat(x, axis=2)) for x in by_kind)))
         return ops.concat(outputs, axis=2), after
 
     def _mini_batch(
@@ -153,7 +153,7 @@ class UpdateRule:
         )
 
     def _new_rows(self, tokens: Tokens, z: Value, weights: Mapping[str, Value]) -> tuple[dict[str, Value], Value]:
-        """Keys forward, errors backward: x_l and e_l of each map by name, and LN(f(k)) - (v - k); z is z_1 of the keys."""
+        """Keys forward, errors backward: x_l and e_l of each map by name; and LN(f(k)) - (v - k). z is z_1 of keys."""
         ops, learner = self.ops, self.learner
         inputs, slopes = [tokens.k], []
         for map_ in self.maps[1:]:

@@ -39,9 +39,7 @@ class Session:
         signals: of the tokens of the last call, [layers, H, n] each, if the functions give them.
     """
 
-    def __init__(
-        self, functions: Functions, mini_batch_size: int, block: int, learning: np.ndarray | None = None
-    ):
+    def __init__(self, functions: Functions, mini_batch_size: int, block: int, learning: np.ndarray | None = None):
         self._functions, self.mini_batch_size, self.block, self.offset = functions, mini_batch_size, block, 0
         self.learning = learning
         self.signals: dict[str, np.ndarray] = {}

@@ -46,7 +46,7 @@ class Joined:
         for name, part in zip(self.names, np.split(x, len(self.names)), strict=True):
             own = np.empty_like(part)
             self._turned(own, part)
-            linear = nn.Linear(*own.shape[::-1], bias=False)
+            linear = nn.Linear(own.shape[1], own.shape[0], bias=False)
             linear.weight = mx.array(own)
             self.layer[name] = linear
 
@@ -61,8 +61,9 @@ class Joined:
 
 
 def joined(block: Block, args: ModelArgs) -> dict[str, Joined]:
-    """The matrices of a block: gate_up [2I, C]; down [C, I]; projections [2C to 4C, C], which are q, k, v and g one below
-    the other, without k with share_qk, g only with use_gate; o [C, C].
+    """The matrices of a block: gate_up [2I, C]; down [C, I]; projections [2C to 4C, C]; o [C, C].
+
+    The projections are q, k, v and g one below the other, without k with share_qk, g only with use_gate.
     """
     layer = block.seq_modeling_block
     channels = _channels(args)
@@ -84,8 +85,8 @@ def block_weights(block: Block, args: ModelArgs) -> dict[str, np.ndarray]:
     """The constants of one block.
 
     Returns:
-        The matrices of `joined`; seq_norm, ffn_norm [C]; what `_ttt` returns; and with pre_conv conv_norm [C], conv_taps
-        [kernel, 1, H, 1, D] and conv_bias [1, H, 1, D].
+        The matrices of `joined`; seq_norm, ffn_norm [C]; what `_ttt` returns; and with pre_conv conv_norm [C],
+        conv_taps [kernel, 1, H, 1, D] and conv_bias [1, H, 1, D].
     """
     weights = {
         "seq_norm": array(block.seq_norm.weight),

@@ -56,7 +56,7 @@ def export(
     out: Path | str,
     *,
     weights: str = "float16",
-    compute: str = "float16",
+    options: Options | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write the bundle `out` from a model directory; it appears only when it is complete.
@@ -66,7 +66,7 @@ def export(
         out: a folder that does not exist yet.
         weights: one of formats.WEIGHTS, for the matrices of the blocks and an untied lm_head; the embedding is float32
             if the weights are, else float16; all else is in the number type that it is computed in.
-        compute: a key of numbers.COMPUTE. States have the number type of the inner model.
+        options: of the functions. States have the number type of the inner model.
         progress: called with the steps done so far and in all.
 
     Raises:
@@ -75,14 +75,16 @@ def export(
         OutputError: `out` exists or cannot be written to.
         TTTError: the options do not go together.
     """
-    model_dir, out = Path(model_dir), Path(out).resolve()
-    if weights == "float32" != compute:
-        raise TTTError(f"--weights float32: would be rounded in every call; with --compute {compute} store float16")
+    model_dir, out, options = Path(model_dir), Path(out).resolve(), options or Options()
+    if weights == "float32" != options.compute:
+        raise TTTError(
+            f"--weights float32: would be rounded in every call; with --compute {options.compute} store float16"
+        )
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; remove it or choose another name")
     model, config = load_model(model_dir)
     ids = special_ids(load_tokenizer(model_dir, config))
-    name, options = metadata.model_name(model_dir, config), Options(compute=compute)
+    name = metadata.model_name(model_dir, config)
     total, count = 4 * len(model.layers) + 1, itertools.count(1)
 
     def step() -> None:
@@ -100,7 +102,7 @@ def export(
         _write_readme(folder, name, model)
         step()
         nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Report(out, nbytes, _state_nbytes(model, compute))
+    return Report(out, nbytes, _state_nbytes(model, options.compute))
 
 
 def _metadata(name: str, model: Model, options: Options, weights: str, ids: Mapping[str, Any]) -> dict[str, Any]:

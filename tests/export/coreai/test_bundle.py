@@ -22,6 +22,7 @@ from mlx_ttt.export.coreai import bundle
 from mlx_ttt.export.coreai.bundle import export, read_bundle
 from mlx_ttt.export.coreai.runtime import start_session
 from mlx_ttt.export.coreai.verify import store
+from mlx_ttt.export.functions import Options
 from mlx_ttt.export.layout import StateLayout
 from mlx_ttt.text.state import fingerprint
 
@@ -31,7 +32,7 @@ from ..texts import error, expected, feed, singly
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "Shakespeare"
-    export(mlx_ttt.bundled_model(), out, weights="float32", compute="float32")
+    export(mlx_ttt.bundled_model(), out, weights="float32", options=Options(compute="float32"))
     return out
 
 
@@ -76,6 +77,24 @@ class TestBundle:
         assert "decode and prefill" in result.stdout
         assert "main" in result.stdout
         assert "parts at" not in result.stdout
+
+    def test_verify_with_learning_and_signals(self, tmp_path):
+        command = ["coreai", str(mlx_ttt.bundled_model()), str(tmp_path / "out"), "--weights", "float16"]
+        options = ["--compute", "float32", "--learning", "--signals"]
+        result = CliRunner().invoke(convert, [*command, *options])
+        assert result.exit_code == 0, result.output
+        command = ["verify", str(tmp_path / "out"), "--against", str(mlx_ttt.bundled_model()), "--tokens", "130"]
+        result = CliRunner().invoke(convert, command)
+        assert result.exit_code == 0, result.output
+        table = result.stdout.splitlines()
+        assert [line.split("  ")[0] for line in table[1:4]] == [
+            "decode and prefill",
+            "main",
+            "decode and prefill, learning scaled",
+        ]
+        assert table[0].endswith("signals")
+        assert float(table[1].split()[-1]) <= 1e-4
+        assert float(table[3].split()[-1]) <= 1e-4
 
     def test_verify_finds_another_number(self, exported, tmp_path):
         """One weight of the last norm is larger than the model's."""

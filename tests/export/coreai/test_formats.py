@@ -38,7 +38,9 @@ def test_palettized(shape, groups):
     found = palettized(x)
     assert found.places.dtype == ml_dtypes.uint4
     assert found.tables.shape == (groups, 16)
-    for group, numbers, table in zip(x.reshape(groups, -1), found.numbers.reshape(groups, -1), found.tables, strict=True):
+    for group, numbers, table in zip(
+        x.reshape(groups, -1), found.numbers.reshape(groups, -1), found.tables, strict=True
+    ):
         distances = np.abs(group[:, None] - table)
         np.testing.assert_allclose(np.abs(group - numbers), distances.min(1), atol=1e-6)
         for centre in np.unique(numbers):
@@ -65,7 +67,7 @@ def test_no_number_that_the_runtime_misreads():
 
 @pytest.mark.parametrize("flags", FLAGS)
 def test_a_model_with_the_stored_numbers(flags):
-    """In float32 every layer keeps its own; in four bits q, k and v have the numbers of one matrix, as in the bundle."""
+    """In float32 every layer keeps its own; in four bits q, k and v have those of one matrix, as in the bundle."""
     model, same = build("linear", flags), build("linear", flags)
     store(same, "float32", "float32")
     for name, module in model.named_modules():

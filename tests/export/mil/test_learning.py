@@ -27,7 +27,9 @@ def text(model, n: int) -> np.ndarray:
 def test_the_graph_is_exact(packages, name):
     package = packages(name, saved=False, compute="float32", learning=True, signals=True)
     session = package.session(rounding=False)
-    compare(package.model, session, text(package.model, 4 * package.model.args.mini_batch_size), uneven(package.model), 1e-4)
+    compare(
+        package.model, session, text(package.model, 4 * package.model.args.mini_batch_size), uneven(package.model), 1e-4
+    )
 
 
 @pytest.fixture(scope="module")

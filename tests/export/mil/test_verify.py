@@ -80,7 +80,7 @@ def test_command(exported, model_dirs):
 class Answers:
     """A session whose logits are all the same number; an error is raised instead."""
 
-    block = 16
+    block, signals = 16, {}
 
     def __init__(self, model_dir: Path, logit: float | Exception):
         args = mlx_ttt.load_model(model_dir)[0].args
