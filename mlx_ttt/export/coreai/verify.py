@@ -25,10 +25,11 @@ from ..numbers import COMPUTE
 from ..verify import invented_text, log_softmax, observed, signals_error, uneven_scale
 from ..weights import Joined, joined, matrix
 from .bundle import read_bundle
+from .child import ChildRuntime
 from .formats import as_stored, table_format
 from .program import ALL, outside
 from .runner_main import MAIN
-from .runtime import Main, Runtime, start_session
+from .runtime import Main, Runs, start_session
 from .state import apart, packed
 
 _GREEDY = 64  # tokens of the text that each writes
@@ -140,7 +141,7 @@ def verify(
     expected = _Expected(model, text)
     scaled = _Expected(model, text, uneven_scale(model)) if "learning" in bundle.facts else None
     try:
-        with Runtime(bundle.asset) as runtime:
+        with ChildRuntime(bundle.asset) as runtime:
             if set(runtime.names) != set(ALL):
                 raise CheckpointError(
                     f"{bundle.asset}: has the functions {', '.join(runtime.names)}, not {', '.join(ALL)}"
@@ -234,7 +235,7 @@ class _Way:
     seen: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
-def _apart(runtime: Runtime, layout: StateLayout, facts: Mapping[str, Any], learning: np.ndarray | None = None) -> _Way:
+def _apart(runtime: Runs, layout: StateLayout, facts: Mapping[str, Any], learning: np.ndarray | None = None) -> _Way:
     """`decode` and `prefill`, with this learning scale or none, if they take one."""
     own, seen, K = learning_of(facts), list[dict[str, np.ndarray]](), layout.args.mini_batch_size
     session = start_session(runtime, layout, outside(facts["compute"]), own if learning is None else learning)
@@ -250,7 +251,7 @@ def _apart(runtime: Runtime, layout: StateLayout, facts: Mapping[str, Any], lear
     return _Way(what, read, lambda: session.state, [K + 3, *[1] * K, 5 * K + 1], seen)
 
 
-def _ways(runtime: Runtime, layout: StateLayout, facts: Mapping[str, Any]) -> list[_Way]:
+def _ways(runtime: Runs, layout: StateLayout, facts: Mapping[str, Any]) -> list[_Way]:
     """Each of them in splits that begin and end at many phases of a mini-batch."""
     K = layout.args.mini_batch_size
     main = Main(runtime, layout, outside(facts["compute"]))

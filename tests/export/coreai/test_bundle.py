@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,16 @@ class TestBundle:
         result = CliRunner().invoke(convert, command)
         assert result.exit_code == 1, result.output
         assert "beyond the bound" in result.stderr
+
+    def test_verify_of_what_ends_the_runtime(self, exported, tmp_path):
+        copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+        asset = next(copy.glob("*.aimodel"))
+        (asset / "main.mlirb").write_bytes(b"none")
+        (asset / "main.hash").write_bytes(hashlib.sha256(b"none").digest())
+        command = ["verify", str(copy), "--against", str(mlx_ttt.bundled_model()), "--tokens", "64"]
+        result = CliRunner().invoke(convert, command)
+        assert result.exit_code == 2
+        assert re.fullmatch(r"error: [^\n]*runtime ended itself \(SIGABRT\)[^\n]*\n", result.stderr.split("\r")[-1])
 
     def test_another_model(self, exported, model_dirs):
         command = ["verify", str(exported), "--against", str(model_dirs("mlp-mamba"))]
