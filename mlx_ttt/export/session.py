@@ -88,8 +88,10 @@ class Runner:
         name: what it is.
         open_session: starts a text; an exception says that it refuses the package.
         devices: the number of operations by the device that runs them, by function; empty where that is not known.
+        is_second: whether it is another opinion, which alone does not make a package good.
     """
 
     name: str
     open_session: Callable[[], Session]
     devices: Callable[[], dict[str, dict[str, int]]]
+    is_second: bool = False

@@ -124,8 +124,9 @@ def verify(
                 raise
             except Exception as error:  # whatever runs it refuses it in its own way
                 found.append(Refusal(runner.name, first_line(error)))
-    refusals = [result for result in found if isinstance(result, Refusal)]
-    if len(refusals) == len(found):
+    own = [result for runner, result in zip(runners, found, strict=True) if not runner.is_second]
+    refusals = [result for result in own if isinstance(result, Refusal)]
+    if len(refusals) == len(own):
         raise CheckpointError(f"{package}: nothing runs it; {refusals[0].where}: {refusals[0].reason}")
     return found
 
