@@ -68,7 +68,7 @@ def is_bundle(path: Path) -> bool:
     return path.suffix == ".aimodel" or (path / "metadata.json").exists()
 
 
-def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int) -> None:
+def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int | None) -> None:
     """Compare a bundle with its model, show a table, and end with status 1 if it is beyond a bound."""
     from ..export.coreai import require_coreai
 

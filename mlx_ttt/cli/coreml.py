@@ -108,7 +108,7 @@ def coreml(
 @click.option(
     "--tokens",
     type=click.IntRange(1),
-    show_default="160; of a Core AI bundle 4096",
+    show_default="160; of a Core AI bundle 4096, in half precision 192",
     metavar="N",
     help="Length of the text to compare on.",
 )
@@ -120,11 +120,11 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
 
     A package runs on macOS in Core ML, on each compute unit in turn; also shown is how many operations Core ML plans
     to run on which unit. Elsewhere an interpreter runs the saved program, with the roundings that it declares: this
-    checks the graph and the weights. For a pair exported with --separate, PACKAGE is the name without -decode or
-    -prefill.
+    checks the graph and the weights. Core AI's runtime gives a second opinion, where it is installed. For a pair
+    exported with --separate, PACKAGE is the name without -decode or -prefill.
     """
     if is_bundle(package):
-        verify_bundle(ctx, package, against, tokens or 4096)
+        verify_bundle(ctx, package, against, tokens)
         return
     from ..export.mil import require_coremltools
 
