@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -10,14 +11,29 @@ import click
 from .command import CONTEXT, Command, Progress, show_table
 
 
+def learning_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options about learning, of both kinds of packages."""
+    scale = click.option(
+        "--learning",
+        is_flag=True,
+        help="decode and prefill take the learning scale, [layers, heads], as an input: 0 freezes what was learned.",
+    )
+    signals = click.option(
+        "--signals",
+        is_flag=True,
+        help="decode and prefill return what each layer and head does with each token: loss, lr, writeNorm.",
+    )
+    return scale(signals(command))
+
+
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("model", type=Path)
 @click.argument("out", type=Path)
 @click.option(
     "--weights",
-    type=click.Choice(["float32", "float16", "int8", "int4"]),
+    type=click.Choice(["float32", "float16", "int8", "int4", "lut4"]),
     default="float16",
-    help="How the large matrices are stored. Run `verify` before you ship one of the small ones.",
+    help="How the large matrices are stored; lut4: in tables of 16 numbers. Run `verify` before you ship a small one.",
 )
 @click.option(
     "--compute",
@@ -25,7 +41,8 @@ from .command import CONTEXT, Command, Progress, show_table
     default="float16",
     help="mixed: the inner model learns in float32, for texts that float16 is too coarse for.",
 )
-def coreai(model: Path, out: Path, weights: str, compute: str) -> None:
+@learning_options
+def coreai(model: Path, out: Path, weights: str, compute: str, learning: bool, signals: bool) -> None:
     """Export MODEL, a model directory, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
 
     Apple's runner for language models takes it as it is. Apple's runtime for Linux proves it: `convert.py verify`.
@@ -34,10 +51,12 @@ def coreai(model: Path, out: Path, weights: str, compute: str) -> None:
 
     require_coreai()
     from ..export.coreai.bundle import export
+    from ..export.functions import Options
 
     start = time.perf_counter()
     with Progress("exporting") as progress:
-        report = export(model, out, weights=weights, compute=compute, progress=progress)
+        options = Options(compute=compute, learning=learning, signals=signals)
+        report = export(model, out, weights=weights, options=options, progress=progress)
     click.echo(f"{report.out}")
     click.echo(
         f"{report.nbytes / 1e6:.1f} MB, state {report.state_nbytes / 1e6:.2f} MB; {time.perf_counter() - start:.0f} s"
@@ -49,7 +68,7 @@ def is_bundle(path: Path) -> bool:
     return path.suffix == ".aimodel" or (path / "metadata.json").exists()
 
 
-def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int) -> None:
+def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int | None) -> None:
     """Compare a bundle with its model, show a table, and end with status 1 if it is beyond a bound."""
     from ..export.coreai import require_coreai
 
@@ -58,7 +77,9 @@ def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int) ->
 
     with Progress("comparing") as progress:
         found = verify(bundle, model, tokens=tokens, progress=progress)
-    heads = ("function", "tokens", "logits", "bound", "state", "bound", "bits per token", "the model's", "greedy text")
+    heads = ["function", "tokens", "logits", "bound", "state", "bound", "bits per token", "the model's", "greedy text"]
+    signals = any(row.signals is not None for row in found.rows)
+    heads += ["signals"] * signals
     rows = [
         (
             row.what,
@@ -70,6 +91,7 @@ def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int) ->
             f"{row.bits[0]:.4f}",
             f"{row.bits[1]:.4f}",
             "equal" if row.greedy is None else f"parts at {row.greedy}",
+            *["" if row.signals is None else f"{row.signals:.1e}"] * signals,
         )
         for row in found.rows
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from .command import CONTEXT, Command, Progress
-from .coreai import is_bundle, verify_bundle
+from .coreai import is_bundle, learning_options, verify_bundle
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
@@ -55,6 +55,7 @@ from .coreai import is_bundle, verify_bundle
     help="Compute the logits in N pieces, for devices that refuse a product as large as the vocabulary. Tied"
     " embeddings are then stored twice.",
 )
+@learning_options
 @click.option("--no-companions", is_flag=True, help="Write only the package: no tokenizer, no configuration, no Swift.")
 def coreml(
     model: Path,
@@ -66,6 +67,8 @@ def coreml(
     separate: bool,
     split_head: int,
     no_companions: bool,
+    learning: bool,
+    signals: bool,
 ) -> None:
     """Export MODEL, a model directory, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
 
@@ -77,7 +80,7 @@ def coreml(
     from ..export.mil.package import export
     from ..export.mil.program import Options
 
-    options = Options(compute, split_head, prefill_tokens, state_mode=state_mode)
+    options = Options(compute, split_head, prefill_tokens, learning=learning, signals=signals, state_mode=state_mode)
     start = time.perf_counter()
     with Progress("exporting") as progress:
         report = export(
@@ -105,7 +108,7 @@ def coreml(
 @click.option(
     "--tokens",
     type=click.IntRange(1),
-    show_default="160; of a Core AI bundle 4096",
+    show_default="160; of a Core AI bundle 4096, in half precision 192",
     metavar="N",
     help="Length of the text to compare on.",
 )
@@ -117,11 +120,11 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
 
     A package runs on macOS in Core ML, on each compute unit in turn; also shown is how many operations Core ML plans
     to run on which unit. Elsewhere an interpreter runs the saved program, with the roundings that it declares: this
-    checks the graph and the weights. For a pair exported with --separate, PACKAGE is the name without -decode or
-    -prefill.
+    checks the graph and the weights. Core AI's runtime gives a second opinion, where it is installed. For a pair
+    exported with --separate, PACKAGE is the name without -decode or -prefill.
     """
     if is_bundle(package):
-        verify_bundle(ctx, package, against, tokens or 4096)
+        verify_bundle(ctx, package, against, tokens)
         return
     from ..export.mil import require_coremltools
 
@@ -140,6 +143,8 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
         click.echo(f"  same five best      {found.top5:.1%}")
         click.echo(f"  KL divergence       {found.divergence:.2e} nats")
         click.echo(f"  state drift         {found.state_error:.2e} of what it has learned")
+        if found.signals is not None:
+            click.echo(f"  signals             {found.signals:.2e} of the largest")
         for function, devices in found.devices.items():
             shares = ", ".join(f"{device} {count}" for device, count in sorted(devices.items()))
             click.echo(f"  {function + ' runs on':19} {shares}")

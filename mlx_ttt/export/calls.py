@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -19,6 +20,18 @@ from ..network.args import ModelArgs
 from ..network.model import Block, Model
 from .numbers import Numbers
 from .operations import NumberType, Value
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What one layer's learner does with each token: [1, H, T, 1], float32, zero for tokens that do not count.
+
+    network/rule.py says what loss, lr and write_norm are.
+    """
+
+    loss: Value
+    lr: Value
+    write_norm: Value
 
 
 class Call(ABC):
@@ -35,6 +48,8 @@ class Call(ABC):
             [1, 1, n, K].
         committed: by mini-batch 1 if it is complete after this call, else 0: [1, 1, 1, 1].
         open: by mini-batch 1 for each row that stays open after this call, else 0: [1, 1, K, 1] or [1, 1, 1, 1].
+        scales: by layer what the learning rates are multiplied by, [1, H, 1, 1]; None: nothing.
+        seen: where each layer leaves its signals; None: it computes none.
     """
 
     cos: Value
@@ -42,9 +57,17 @@ class Call(ABC):
     factors: Sequence[Value]
     committed: Sequence[Value]
     open: Sequence[Value]
+    scales: Sequence[Value] | None = None
+    seen: list[Signals] | None = None
 
     def __init__(self, numbers: Numbers, tokens: int, mini_batch_size: int):
         self.numbers, self.ops, self.tokens, self.mini_batch_size = numbers, numbers.ops, tokens, mini_batch_size
+
+    def scale_learning(self, learning: Value) -> None:
+        """Multiply the learning rates of each layer and head by these numbers, [layers, H], float32."""
+        layers, H = self.ops.shape(learning)
+        scales = self.ops.reshape(self.ops.cast(learning, self.numbers.inner), [layers, H, 1, 1])
+        self.scales = self.ops.split(scales, [1] * layers, axis=0)
 
     def by_head(self, x: Value, head_dim: int) -> Value:
         """Flat to by head: [1, T, h·D] -> [1, h, T, D]."""
@@ -90,6 +113,10 @@ class Call(ABC):
         """
 
     @abstractmethod
+    def where_counted(self, x: Value) -> Value:
+        """x [1, H, T, 1], zero for tokens that do not count."""
+
+    @abstractmethod
     def history(self, padded: Value) -> Value:
         """The last inputs of a convolution that count, as many as stand before the call: [1, H, kept, D].
 
@@ -129,6 +156,9 @@ class Decode(Call):
         before = self.ops.reshape(self.ops.cast(open_rows, self.numbers.inner), (1, H, self.mini_batch_size, width))
         return self.ops.add(before, self.ops.mul(self._here_down, new))
 
+    def where_counted(self, x: Value) -> Value:
+        return x
+
     def history(self, padded: Value) -> Value:
         _, H, length, D = self.ops.shape(padded)
         return self.ops.slice(padded, begin=[0, 0, 1, 0], size=[1, H, length - 1, D])
@@ -151,7 +181,7 @@ class Prefill(Call):
         args, const, ops, K = model.args, numbers.inner_const, numbers.ops, model.args.mini_batch_size
         super().__init__(numbers, tokens, K)
         self._kept, self._length = args.conv_kernel - 1, length
-        counts = self._mask(ops.less, np.arange(tokens).reshape(1, 1, tokens, 1), length, numbers.inner)
+        self._counts = counts = self._mask(ops.less, np.arange(tokens).reshape(1, 1, tokens, 1), length, numbers.inner)
         by_mini_batch = self.mini_batches(counts)  # [1, 1, K, 1] each
         self.committed = [ops.slice(x, begin=[0, 0, K - 1, 0], size=[1, 1, 1, 1]) for x in by_mini_batch]
         # A row stays open if its token counts and the last token of its mini-batch does not.
@@ -161,6 +191,9 @@ class Prefill(Call):
 
     def rows(self, new: Value, open_rows: Value) -> Value:
         return new
+
+    def where_counted(self, x: Value) -> Value:
+        return self.ops.mul(x, self.ops.cast(self._counts, self.ops.number_type(x)))
 
     def history(self, padded: Value) -> Value:
         return self.ops.matmul(self._history_mask, padded)

@@ -50,8 +50,8 @@ def layer_norm(ops: Operations, x: Value, weight: np.ndarray, bias: np.ndarray) 
     return ops.add(ops.mul(normalize(ops, x, EPS, centred=True)[0], weight), bias)
 
 
-def layer_norm_l2_grad(ops: Operations, z: Value, aim: Value, gamma: np.ndarray, beta: np.ndarray) -> Value:
-    """The gradient of ‖LN(z) - aim‖² / 2 with respect to z.
+def miss_and_grad(ops: Operations, z: Value, aim: Value, gamma: np.ndarray, beta: np.ndarray) -> tuple[Value, Value]:
+    """LN(z) - aim, and the gradient of ‖LN(z) - aim‖² / 2 with respect to z, each of z's shape.
 
     With ẑ the normalized z, s its standard deviation and u = (LN(z) - aim) gamma it is (u - mean u - ẑ mean(u ẑ)) / s.
 
@@ -61,11 +61,17 @@ def layer_norm_l2_grad(ops: Operations, z: Value, aim: Value, gamma: np.ndarray,
         gamma, beta: [1, H, 1, D].
     """
     z_hat, inverse, largest = normalize(ops, z, EPS, centred=True)
-    u = ops.mul(ops.sub(ops.add(ops.mul(z_hat, gamma), beta), aim), gamma)
+    miss = ops.sub(ops.add(ops.mul(z_hat, gamma), beta), aim)
+    u = ops.mul(miss, gamma)
     mean = ops.reduce_mean(u, axis=-1)
     along = ops.reduce_mean(ops.mul(u, z_hat), axis=-1)
     g = ops.sub(ops.sub(u, mean), ops.mul(z_hat, along))
-    return ops.mul(g, ops.div(inverse, largest))
+    return miss, ops.mul(g, ops.div(inverse, largest))
+
+
+def sqrt(ops: Operations, x: Value) -> Value:
+    """Of numbers that are zero or at least 1e-36, in float32."""
+    return ops.mul(x, ops.rsqrt(ops.maximum(x, np.float32(1e-36))))
 
 
 def gelu_and_grad(ops: Operations, z: Value) -> tuple[Value, Value]:

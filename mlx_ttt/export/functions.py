@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ..network.model import Model
-from .calls import Call, Decode, Prefill
+from .calls import Call, Decode, Prefill, Signals
 from .elementwise import rms_norm
 from .layout import StateLayout
 from .network import Block
@@ -23,7 +23,8 @@ from .operations import NumberType, Operations, Value
 from .weights import array, block_weights, matrix
 
 FUNCTIONS = ("decode", "prefill")
-IDS, STATE, LOGITS = "inputIds", "tttState", "logits"  # the names of inputs and outputs
+IDS, STATE, LOGITS, LEARNING = "inputIds", "tttState", "logits", "learning"  # the names of inputs and outputs
+SIGNALS = {"loss": "loss", "lr": "lr", "writeNorm": "write_norm"}  # outputs, and what they are in calls.Signals
 HEAD = "lm_head_{}"  # the name of the operation that computes a piece of the logits
 Parts: TypeAlias = dict[str, Value]  # of the state of a layer, by name
 _PLACE = {"decode": "position", "prefill": "length"}
@@ -38,12 +39,16 @@ class Options:
         split_head: how many products the logits are made of.
         prefill_tokens: how many tokens `prefill` reads, a multiple of K; 0 for K.
         all_logits: give the logits of all tokens, [1, T, V]; for verification.
+        learning: take the learning scale as an input, [layers, H], float32.
+        signals: give what each layer and head does with each token: SIGNALS, [layers, H, T] each, float32.
     """
 
     compute: str = "float16"
     split_head: int = 1
     prefill_tokens: int = 0
     all_logits: bool = False
+    learning: bool = False
+    signals: bool = False
 
 
 class ExportedFunction:
@@ -56,8 +61,9 @@ class ExportedFunction:
         outside: the number type of its state and its logits.
 
     Attributes:
-        inputs: the shapes of its int32 inputs by name: token ids [1, T]; then for `decode` the phase of the open
-            mini-batch, for `prefill` how many of the tokens count, [1]. The state comes beside them.
+        inputs: the shapes and number types of its inputs by name: token ids [1, T]; then for `decode` the phase of the
+            open mini-batch, for `prefill` how many of the tokens count, [1], all int32; and the learning scale, if it
+            takes one. The state comes beside them.
         layout: of the state.
     """
 
@@ -65,11 +71,16 @@ class ExportedFunction:
         self.model, self.name, self.options, self.outside = model, name, options, outside
         self.layout = StateLayout.of(model.args)
         tokens = 1 if name == "decode" else options.prefill_tokens or model.args.mini_batch_size
-        self.inputs: dict[str, tuple[int, ...]] = {IDS: (1, tokens), _PLACE[name]: (1,)}
+        self.inputs: dict[str, tuple[tuple[int, ...], NumberType]] = {
+            IDS: ((1, tokens), np.int32),
+            _PLACE[name]: ((1,), np.int32),
+        }
+        if options.learning:
+            self.inputs[LEARNING] = (self.layout.shape[:2], np.float32)
 
     def lower(
         self, ops: Operations, inputs: Sequence[Value], state: Value, progress: Callable[[], None] = lambda: None
-    ) -> tuple[Value, Value]:
+    ) -> tuple[dict[str, Value], Value]:
         """Run the function in the operations of a lowering, with the state in one array.
 
         Args:
@@ -84,8 +95,8 @@ class ExportedFunction:
         Raises:
             CheckpointError: a weight is not finite.
         """
-        logits, after = self.lower_parts(ops, inputs, self._unpack(ops, state), progress)
-        return logits, self._pack(ops, after)
+        outputs, after = self.lower_parts(ops, inputs, self._unpack(ops, state), progress)
+        return outputs, self._pack(ops, after)
 
     def lower_parts(
         self,
@@ -93,25 +104,37 @@ class ExportedFunction:
         inputs: Sequence[Value],
         layers: Iterable[Parts],
         progress: Callable[[], None] = lambda: None,
-    ) -> tuple[Value, list[Parts]]:
+    ) -> tuple[dict[str, Value], list[Parts]]:
         """The same with the state in parts.
 
         Args:
             layers: for each layer the parts of the state by name, as `layout` orders them, [1, H, rows, D] each.
 
         Returns:
-            Logits [1, 1, V] of the last token that counts, or [1, T, V] of all; and the state after the call.
+            The outputs by name: logits [1, 1, V] of the last token that counts, or [1, T, V] of all, and the signals if
+            they were asked for; and the state after the call.
         """
-        ids, place = inputs
+        ids, place, *learning = inputs
         network = Network(ops, self.model, self.options, self.outside)
-        tokens = self.inputs[IDS][1]
+        tokens = self.inputs[IDS][0][1]
         if self.name == "decode":
             call: Call = Decode(network.numbers, self.model, place)
         else:
             call = Prefill(network.numbers, self.model, tokens, place)
+        for scale in learning:
+            call.scale_learning(scale)
+        call.seen = [] if self.options.signals else None
         x, after = network.blocks(network.embed(ids), call, layers, progress)
         logits = network.logits(x if self.options.all_logits else call.last(x))
-        return ops.cast(logits, self.outside), after
+        return {LOGITS: ops.cast(logits, self.outside)} | self._signals(ops, call.seen or []), after
+
+    def _signals(self, ops: Operations, seen: Sequence[Signals]) -> dict[str, Value]:
+        """Those of all layers by the outputs' names."""
+        if not seen:
+            return {}
+        shape = [len(seen), self.layout.shape[1], self.inputs[IDS][0][1]]
+        by_name = {name: [getattr(one, field) for one in seen] for name, field in SIGNALS.items()}
+        return {name: ops.reshape(ops.concat(x, axis=0), shape) for name, x in by_name.items()}
 
     def _unpack(self, ops: Operations, state: Value) -> Iterator[Parts]:
         """The parts of the state by layer, [1, H, rows, D] each."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..errors import CheckpointError
 from ..network.model import Model
 from ..text.state import fingerprint
-from .functions import Options
+from .functions import SIGNALS, Options
 from .layout import StateLayout
 
 FORMAT = "1"
@@ -38,6 +40,8 @@ def facts(model: Model, options: Options, ids: Mapping[str, Any], how: Mapping[s
         **ids,
         "state": StateLayout.of(args).description(),
         "compute": options.compute,
+        **({"learning": StateLayout.of(args).shape[:2]} if options.learning else {}),
+        **({"signals": list(SIGNALS)} if options.signals else {}),
         **how,
     }
     return {PREFIX + key: value if key in TEXTS else json.dumps(value) for key, value in entries.items()}
@@ -53,6 +57,11 @@ def read_facts(given: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError("another format")
     found = {key.removeprefix(PREFIX): value for key, value in given.items() if key.startswith(PREFIX)}
     return {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
+
+
+def learning_of(facts: Mapping[str, Any]) -> np.ndarray | None:
+    """A learning scale that changes nothing, [layers, H]; None if the functions take none."""
+    return np.ones(facts["learning"], np.float32) if "learning" in facts else None
 
 
 def model_name(model_dir: Path, config: Mapping[str, Any]) -> str:

@@ -104,9 +104,10 @@ class Block:
         return ops.add(ops.mul(x, self.call.cos), ops.mul(swapped, self.call.sin))
 
     def _learning_rates(self, x: Value) -> Value:
-        """ttt_base_lr / D · sigmoid(x · w + b): x [1, T, C] -> [1, H, T, 1]."""
+        """ttt_base_lr / D · sigmoid(x · w + b), times the learning scale: x [1, T, C] -> [1, H, T, 1]."""
         ops, numbers = self.ops, self.numbers
         weight, bias = (numbers.inner_const(self.weights[name]) for name in ("lr_weight", "lr_bias"))
         gate = ops.matmul(weight, ops.cast(x, numbers.inner), transpose_y=True)  # [1, H, T]
         rate = numbers.inner_const(self.args.ttt_base_lr / self.args.head_dim)
-        return ops.mul(ops.expand_dims(ops.sigmoid(ops.add(gate, bias)), axis=3), rate)
+        lr = ops.mul(ops.expand_dims(ops.sigmoid(ops.add(gate, bias)), axis=3), rate)
+        return lr if self.call.scales is None else ops.mul(lr, self.call.scales[self.layer])

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..network.inner import InnerModel
-from .calls import Call
-from .elementwise import gelu_and_grad, layer_norm, layer_norm_l2_grad
+from .calls import Call, Signals
+from .elementwise import gelu_and_grad, layer_norm, miss_and_grad, sqrt
 from .layout import stored_transposed
 from .numbers import Numbers
 from .operations import Value
@@ -83,17 +83,19 @@ class UpdateRule:
             state: the layer's parts of the state.
 
         Returns:
-            The output [1, H, T, D], and the inner model's parts of the state after the call.
+            The output [1, H, T, D], and the inner model's parts of the state after the call. If the call asks for
+            signals, they are added to what it has seen.
         """
         ops, start = self.ops, self.learner.start
         deltas = {name: ops.reshape(ops.cast(state[name], self.numbers.inner), W.shape) for name, W in start.items()}
-        outputs, rows_of = [], []
+        outputs, rows_of, signals = [], [], []
         parts = [self.call.mini_batches(x) for x in (tokens.q, tokens.k, tokens.v, tokens.lr)]
         for complete, *part in zip(self.call.committed, *parts, strict=True):
             weights = {name: ops.add(W, deltas[name]) for name, W in start.items()}
-            y, rows = self._mini_batch(Tokens(*part), weights, state)
+            y, rows, seen = self._mini_batch(Tokens(*part), weights, state)
             outputs.append(y)
             rows_of.append(rows)
+            signals.append(seen)
             deltas = self._commit(deltas, rows, complete)
 
         def narrow(x: Value, before: Value) -> Value:
@@ -102,11 +104,14 @@ class UpdateRule:
         after = {name: narrow(x, state[name]) for name, x in deltas.items()}
         for name in self.learner.inner.row_names:
             after[name] = narrow(self.call.kept([rows[name] for rows in rows_of]), state[name])
+        if self.call.seen is not None:
+            by_kind = ([getattr(one, name) for one in signals] for name in ("loss", "lr", "write_norm"))
+            self.call.seen.append(Signals(*(self.call.where_counted(ops.concat(x, axis=2)) for x in by_kind)))
         return ops.concat(outputs, axis=2), after
 
     def _mini_batch(
         self, tokens: Tokens, weights: Mapping[str, Value], open_rows: Mapping[str, Value]
-    ) -> tuple[Value, dict[str, Value]]:
+    ) -> tuple[Value, dict[str, Value], Signals | None]:
         """Tokens of one mini-batch.
 
         Args:
@@ -115,19 +120,40 @@ class UpdateRule:
             open_rows: those of the tokens before, as the state has them.
 
         Returns:
-            The output [1, H, n, D], and the mini-batch's rows by part, [1, H, K, d].
+            The output [1, H, n, D], the mini-batch's rows by part, [1, H, K, d], and its signals if they are asked for.
         """
         ops = self.ops
         n = ops.shape(tokens.q)[2]
         # Keys and queries go through the first map together: one product instead of two.
         z = self._forward(self.maps[0], ops.concat([tokens.k, tokens.q], axis=2), weights)
         z_k, z_q = ops.split(z, [n, n], axis=2)
-        new = self._new_rows(tokens, z_k, weights)
+        new, miss = self._new_rows(tokens, z_k, weights)
         rows = {name: self.call.rows(x, open_rows[name]) for name, x in new.items()}
-        return self._output(tokens.q, z_q, weights, rows), rows
+        signals = None if self.call.seen is None else self._signals(tokens.lr, miss, new)
+        return self._output(tokens.q, z_q, weights, rows), rows, signals
 
-    def _new_rows(self, tokens: Tokens, z: Value, weights: Mapping[str, Value]) -> dict[str, Value]:
-        """Keys forward, errors backward: x_l and e_l of each map by name; z is z_1 of the keys."""
+    def _signals(self, lr: Value, miss: Value, new: Mapping[str, Value]) -> Signals:
+        """‖LN(f(k)) - (v - k)‖² / 2, the rates, and t_{K-1} sqrt(Σ_l (‖x_l‖² + 1) ‖e_l‖²), each [1, H, n, 1].
+
+        In float32 whatever the number type of the inner model: half precision has no room for squares of errors.
+        """
+        ops = self.ops
+
+        def squares(x: Value) -> Value:
+            return ops.reduce_sum(ops.square(ops.cast(x, np.float32)), axis=-1)
+
+        def written(map_: _Map) -> Value:
+            return ops.mul(ops.add(squares(new[map_.x]), np.float32(1)), squares(new[map_.e]))
+
+        norm = sqrt(ops, ops.total([written(map_) for map_ in self.maps]))
+        return Signals(
+            loss=ops.mul(squares(miss), np.float32(0.5)),
+            lr=ops.cast(lr, np.float32),
+            write_norm=ops.mul(norm, np.float32(self.learner.last_factor)),
+        )
+
+    def _new_rows(self, tokens: Tokens, z: Value, weights: Mapping[str, Value]) -> tuple[dict[str, Value], Value]:
+        """Keys forward, errors backward: x_l and e_l of each map by name; and LN(f(k)) - (v - k). z is z_1 of keys."""
         ops, learner = self.ops, self.learner
         inputs, slopes = [tokens.k], []
         for map_ in self.maps[1:]:
@@ -136,12 +162,13 @@ class UpdateRule:
             slopes.append(slope)
             z = self._forward(map_, x, weights)
         aim = ops.sub(tokens.v, tokens.k)
-        errors = [ops.mul(tokens.lr, layer_norm_l2_grad(ops, z, aim, learner.gamma, learner.beta))]
+        miss, gradient = miss_and_grad(ops, z, aim, learner.gamma, learner.beta)
+        errors = [ops.mul(tokens.lr, gradient)]
         for map_, slope in zip(self.maps[:0:-1], slopes[::-1], strict=True):
             backward = ops.matmul(errors[-1], weights[map_.W], transpose_y=not map_.transposed)  # e Wᵀ
             errors.append(ops.mul(backward, slope))
         pairs = zip(self.maps, inputs, errors[::-1], strict=True)
-        return {name: value for map_, x, e in pairs for name, value in ((map_.x, x), (map_.e, e))}
+        return {name: value for map_, x, e in pairs for name, value in ((map_.x, x), (map_.e, e))}, miss
 
     def _output(self, q: Value, z: Value, weights: Mapping[str, Value], rows: Mapping[str, Value]) -> Value:
         """Queries forward through what the inner model has learned up to each of them; z is z_1 of the queries."""

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from .functions import IDS, LOGITS
+from .functions import IDS, LEARNING, LOGITS, SIGNALS
 
 
 class Functions(Protocol):
@@ -31,13 +31,18 @@ class Session:
         functions: with the state before the first token.
         mini_batch_size: K.
         block: how many tokens `prefill` reads.
+        learning: the learning scale, [layers, H], if the functions take one.
 
     Attributes:
         offset: tokens read so far.
+        learning: the learning scale of the tokens to come; None: the functions take none.
+        signals: of the tokens of the last call, [layers, H, n] each, if the functions give them.
     """
 
-    def __init__(self, functions: Functions, mini_batch_size: int, block: int):
+    def __init__(self, functions: Functions, mini_batch_size: int, block: int, learning: np.ndarray | None = None):
         self._functions, self.mini_batch_size, self.block, self.offset = functions, mini_batch_size, block, 0
+        self.learning = learning
+        self.signals: dict[str, np.ndarray] = {}
 
     def feed(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Read tokens.
@@ -51,16 +56,19 @@ class Session:
             phase = self.offset % self.mini_batch_size
             n = min(self.block, len(rest)) if phase == 0 and len(rest) > 1 else 1
             if n == 1:
-                logits = self._call("decode", rest[None, :1], position=phase)
+                outputs = self._call("decode", rest[None, :1], position=phase)
             else:
-                logits = self._call("prefill", np.pad(rest[:n], (0, self.block - n))[None], length=n)
+                outputs = self._call("prefill", np.pad(rest[:n], (0, self.block - n))[None], length=n)
+            self.signals = {name: np.asarray(outputs[name])[..., :n] for name in SIGNALS if name in outputs}
             self.offset += n
             rest = rest[n:]
-            yield self.offset, logits[0, :n]
+            yield self.offset, np.asarray(outputs[LOGITS], np.float32)[0, :n]
 
-    def _call(self, function: str, ids: np.ndarray, **place: int) -> np.ndarray:
+    def _call(self, function: str, ids: np.ndarray, **place: int) -> Mapping[str, np.ndarray]:
         inputs = {IDS: ids} | {name: np.array([n], np.int32) for name, n in place.items()}
-        return np.asarray(self._functions.predict(function, inputs)[LOGITS], np.float32)
+        if self.learning is not None:
+            inputs[LEARNING] = self.learning.astype(np.float32)
+        return self._functions.predict(function, inputs)
 
     @property
     def state(self) -> np.ndarray:
@@ -80,8 +88,10 @@ class Runner:
         name: what it is.
         open_session: starts a text; an exception says that it refuses the package.
         devices: the number of operations by the device that runs them, by function; empty where that is not known.
+        is_second: whether it is another opinion, which alone does not make a package good.
     """
 
     name: str
     open_session: Callable[[], Session]
     devices: Callable[[], dict[str, dict[str, int]]]
+    is_second: bool = False

@@ -7,6 +7,10 @@ Shapes: C = H·D hidden size, H heads, D head dimension, I intermediate size, K 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -17,18 +21,77 @@ from ..network.model import TTT, Block, CausalConv1d
 from .layout import halves_first, stored
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Linear layers whose matrices lie one below the other, [N, C], so that one product does the work of several.
+
+    Attributes:
+        layer: what they are layers of.
+        names: of each.
+        rows: the order of the rows of each; None: as they are.
+        columns: the same of the columns.
+    """
+
+    layer: Any
+    names: Sequence[str]
+    rows: np.ndarray | None = None
+    columns: np.ndarray | None = None
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return np.concatenate([self._turned(matrix(self.layer[name])) for name in self.names])
+
+    def replace(self, x: np.ndarray) -> None:
+        """Give the layers the numbers of another such matrix, in float32."""
+        for name, part in zip(self.names, np.split(x, len(self.names)), strict=True):
+            own = np.empty_like(part)
+            self._turned(own, part)
+            linear = nn.Linear(own.shape[1], own.shape[0], bias=False)
+            linear.weight = mx.array(own)
+            self.layer[name] = linear
+
+    def _turned(self, x: np.ndarray, replaced_by: np.ndarray | None = None) -> np.ndarray:
+        """x with its rows and columns in order; or x, whose rows and columns in order become this."""
+        rows = np.arange(x.shape[0]) if self.rows is None else self.rows
+        columns = np.arange(x.shape[1]) if self.columns is None else self.columns
+        if replaced_by is not None:
+            x[np.ix_(rows, columns)] = replaced_by
+            return x
+        return x[np.ix_(rows, columns)]
+
+
+def joined(block: Block, args: ModelArgs) -> dict[str, Joined]:
+    """The matrices of a block: gate_up [2I, C]; down [C, I]; projections [2C to 4C, C]; o [C, C].
+
+    The projections are q, k, v and g one below the other, without k with share_qk, g only with use_gate.
+    """
+    layer = block.seq_modeling_block
+    channels = _channels(args)
+    names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in layer]
+    return {
+        "gate_up": Joined(block.mlp, ("gate_proj", "up_proj")),
+        "down": Joined(block.mlp, ("down_proj",)),
+        "projections": Joined(layer, names, rows=channels),
+        "o": Joined(layer, ("o_proj",), columns=channels),
+    }
+
+
+def _channels(args: ModelArgs) -> np.ndarray:
+    """The order of a layer's channels, in each head that of halves_first."""
+    return (np.arange(args.num_attention_heads)[:, None] * args.head_dim + halves_first(args.head_dim)).ravel()
+
+
 def block_weights(block: Block, args: ModelArgs) -> dict[str, np.ndarray]:
     """The constants of one block.
 
     Returns:
-        seq_norm, ffn_norm [C]; gate_up [2I, C]; down [C, I]; what `_ttt` returns; and with pre_conv conv_norm [C],
+        The matrices of `joined`; seq_norm, ffn_norm [C]; what `_ttt` returns; and with pre_conv conv_norm [C],
         conv_taps [kernel, 1, H, 1, D] and conv_bias [1, H, 1, D].
     """
     weights = {
         "seq_norm": array(block.seq_norm.weight),
         "ffn_norm": array(block.ffn_norm.weight),
-        "gate_up": np.concatenate([matrix(block.mlp.gate_proj), matrix(block.mlp.up_proj)]),
-        "down": matrix(block.mlp.down_proj),
+        **{name: part.matrix for name, part in joined(block, args).items()},
     }
     if args.pre_conv:
         weights["conv_norm"] = array(block.conv.norm.weight)
@@ -53,17 +116,12 @@ def _ttt(layer: TTT, args: ModelArgs) -> dict[str, np.ndarray]:
     """The constants of a TTT layer.
 
     Returns:
-        projections [2C to 4C, C]: q, k, v and g one below the other, without k with share_qk, g only with use_gate;
-        with share_qk conv_qk_taps [kernel, 1, 2H, 1, D] and conv_qk_bias [1, 2H, 1, D], conv_q's heads before conv_k's;
+        With share_qk conv_qk_taps [kernel, 1, 2H, 1, D] and conv_qk_bias [1, 2H, 1, D], conv_q's heads before conv_k's;
         lr_weight [1, H, C], lr_bias [1, H, 1]; gamma, beta [1, H, 1, D]; t [K]; post_norm_weight, post_norm_bias [C];
-        o [C, C]; and the inner model's weights as layout.stored has them, [1, H, d1, d2] each.
+        and the inner model's weights as layout.stored has them, [1, H, d1, d2] each.
     """
-    H, D = args.num_attention_heads, args.head_dim
-    order = halves_first(D)
-    channels = (np.arange(H)[:, None] * D + order).ravel()
-    names = [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if name in layer]
+    order, channels = halves_first(args.head_dim), _channels(args)
     weights = {
-        "projections": np.concatenate([matrix(layer[name])[channels] for name in names]),
         "lr_weight": array(layer.learnable_ttt_lr_weight)[:, 0][None],
         "lr_bias": array(layer.learnable_ttt_lr_bias)[None],
         "gamma": array(layer.ttt_norm_weight)[None, :, None, order],
@@ -71,7 +129,6 @@ def _ttt(layer: TTT, args: ModelArgs) -> dict[str, np.ndarray]:
         "t": array(layer.token_factors()),
         "post_norm_weight": array(layer.post_norm.weight)[channels],
         "post_norm_bias": array(layer.post_norm.bias)[channels],
-        "o": matrix(layer.o_proj)[:, channels],
     }
     if args.share_qk:
         convolutions = [_taps(layer[name], args, order) for name in ("conv_q", "conv_k")]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..errors import TTTError
 from ..version import __version__
 
 
@@ -59,11 +60,25 @@ def _facts() -> Iterator[Fact]:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     yield Fact("C compiler", compiler, "two to four times the speed on Linux: apt install gcc")
     yield Fact("coremltools", _version("coremltools"), "Core ML packages: pip install 'mlx-ttt[coreml]'")
+    yield _core_ai()
     yield Fact("Core ML", _core_ml(), "running packages, on macOS 15 or newer")
     yield Fact("Swift", _first_line("swift", "--version"), "building the Swift code beside a package: Xcode")
     yield Fact("server", _version("uvicorn") if _has("starlette") else None, "serve: pip install 'mlx-ttt[serve]'")
     yield Fact("matplotlib", _version("matplotlib"), "figures: pip install matplotlib")
     yield Fact("datasets", _version("datasets"), "data sets of the Hub: pip install datasets")
+
+
+def _core_ai() -> Fact:
+    """coreai-core; missing, too, where it is another version than the one whose compiler is known."""
+    from ..export.coreai import VERSION, require_coreai
+
+    found = _version("coreai-core")
+    try:
+        require_coreai()
+    except TTTError as error:
+        what = "bundles for Core AI, and Apple's own runtime as a second opinion on Core ML packages"
+        return Fact("coreai-core", None, f"{found or 'nothing'} is here, {VERSION} is wanted, for {what}: {error}")
+    return Fact("coreai-core", f"{found}, the version wanted")
 
 
 def _core_ml() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_ttt.export.functions import FUNCTIONS, LOGITS, ExportedFunction, Options
+from mlx_ttt.export.functions import FUNCTIONS, ExportedFunction, Options
 from mlx_ttt.export.operations import Operations
 from mlx_ttt.export.session import Session
 from mlx_ttt.model import Model
@@ -94,14 +94,16 @@ class EagerFunctions:
 
     def predict(self, name, inputs):
         function = self.functions[name]
-        assert {key: x.shape for key, x in inputs.items()} == function.inputs
+        assert {key: (x.shape, x.dtype.type) for key, x in inputs.items()} == function.inputs
         ordered = [inputs[key] for key in function.inputs]
-        logits, self.state = function.lower(self.ops, ordered, self.state)
-        return {LOGITS: logits}
+        outputs, self.state = function.lower(self.ops, ordered, self.state)
+        return outputs
 
 
 def eager_session(model: Model, ops: Operations | None = None, **options) -> Session:
     """A text before its first token, in float32."""
     K = model.args.mini_batch_size
     chosen = Options(compute="float32", **options)
-    return Session(EagerFunctions(model, chosen, ops or EagerOperations()), K, chosen.prefill_tokens or K)
+    functions = EagerFunctions(model, chosen, ops or EagerOperations())
+    scale = np.ones(functions.state.shape[:2], np.float32) if chosen.learning else None
+    return Session(functions, K, chosen.prefill_tokens or K, scale)

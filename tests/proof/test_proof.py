@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import mlx.core as mx
@@ -21,6 +22,30 @@ def test_facts():
     shown = CliRunner().invoke(main, ["doctor"])
     assert shown.exit_code == 0
     assert all(name in shown.stdout for name in found)
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1.0.0b3", "coreai-core  1.0.0b3, the version wanted"),
+        ("1.0.0b4", "coreai-core  missing: 1.0.0b4 is here, 1.0.0b3 is wanted, for bundles for Core AI"),
+        (None, "coreai-core  missing: nothing is here, 1.0.0b3 is wanted, for bundles for Core AI"),
+    ],
+)
+def test_core_ai(monkeypatch, version, said):
+    """The version here, the one wanted, and what it would bring."""
+
+    def of(package, version_of=importlib.metadata.version):
+        if package != "coreai-core":
+            return version_of(package)
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", of)
+    shown = CliRunner().invoke(main, ["doctor"])
+    assert shown.exit_code == 0, shown.output
+    assert said in shown.stdout
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@
     program.py       the functions as one program
     bundle.py        the finished bundle
     runtime.py       runs a program: Apple's own runtime, on Linux too
+    child.py         the same in a process of its own
     verify.py        a bundle's answers beside the model's
 
 Call `require_coreai` before importing any of them but `formats` and `state`.

@@ -36,7 +36,7 @@ from .state import groups
 VERSION = "0.2"  # of Apple's metadata.json
 _CONTEXT = 1 << 20  # tokens; Apple's runner wants a number, the model has no limit
 _BESIDE_WEIGHTS = 64 << 20  # bytes to spare for graphs, constants and the tokenizer
-_BITS = {"float32": 32, "float16": 16, "int8": 9, "int4": 5}
+_BITS = {"float32": 32, "float16": 16, "int8": 9, "int4": 5, "lut4": 5}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def export(
     out: Path | str,
     *,
     weights: str = "float16",
-    compute: str = "float16",
+    options: Options | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write the bundle `out` from a model directory; it appears only when it is complete.
@@ -69,7 +69,7 @@ def export(
         out: a folder that does not exist yet.
         weights: one of formats.WEIGHTS, for the matrices of the blocks and an untied lm_head; the embedding is float32
             if the weights are, else float16; all else is in the number type that it is computed in.
-        compute: a key of numbers.COMPUTE. States have the number type of the inner model.
+        options: of the functions. States have the number type of the inner model.
         progress: called with the steps done so far and in all.
 
     Raises:
@@ -78,15 +78,17 @@ def export(
         OutputError: `out` exists or cannot be written to.
         TTTError: the options do not go together.
     """
-    model_dir, out = Path(model_dir), Path(out).resolve()
-    if weights == "float32" != compute:
-        raise TTTError(f"--weights float32: would be rounded in every call; with --compute {compute} store float16")
+    model_dir, out, options = Path(model_dir), Path(out).resolve(), options or Options()
+    if weights == "float32" != options.compute:
+        raise TTTError(
+            f"--weights float32: would be rounded in every call; with --compute {options.compute} store float16"
+        )
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; remove it or choose another name")
     model, config = load_model(model_dir)
     tokenizer = load_tokenizer(model_dir, config)
     ids = special_ids(tokenizer)
-    name, options = metadata.model_name(model_dir, config), Options(compute=compute)
+    name = metadata.model_name(model_dir, config)
     total, count = 4 * len(model.layers) + 1, itertools.count(1)
 
     def step() -> None:
@@ -105,7 +107,7 @@ def export(
         _write_readme(folder, name, model)
         step()
         nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    return Report(out, nbytes, _state_nbytes(model, compute))
+    return Report(out, nbytes, _state_nbytes(model, options.compute))
 
 
 def bundle_metadata(name: str, model: Model, options: Options, weights: str, ids: Mapping[str, Any]) -> dict[str, Any]:

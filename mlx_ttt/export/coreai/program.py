@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 from coreai.authoring import AIProgram, Module
 
 from ...network.model import Model
-from ..functions import FUNCTIONS, LOGITS, ExportedFunction, Options
+from ..functions import FUNCTIONS, ExportedFunction, Options
 from ..numbers import COMPUTE
 from ..operations import NumberType
 from .compiler import Value, add_function
@@ -66,11 +65,10 @@ def _add(model: Model, name: str, ops: CoreAIOperations, options: Options, progr
         inputs, state = arguments[: len(exported.inputs)], arguments[len(exported.inputs) :]
         n = len(parts)
         layers = [dict(zip(parts, state[i : i + n], strict=True)) for i in range(0, len(state), n)]
-        logits, after = exported.lower_parts(ops, inputs, layers, progress)
-        return {LOGITS: logits}, dict(zip(states, (layer[part] for layer in after for part in parts), strict=True))
+        outputs, after = exported.lower_parts(ops, inputs, layers, progress)
+        return outputs, dict(zip(states, (layer[part] for layer in after for part in parts), strict=True))
 
-    inputs = {name: (shape, np.int32) for name, shape in exported.inputs.items()}
-    add_function(name, inputs, {name: (shape, exported.outside) for name, shape in states.items()}, body)
+    add_function(name, exported.inputs, {name: (shape, exported.outside) for name, shape in states.items()}, body)
 
 
 def save(program: AIProgram, path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from coreai.authoring import AIModelAsset
@@ -21,8 +21,32 @@ from . import runner_main
 from .state import apart_shapes, grouped_shapes, packed, unpacked
 
 
+class Runs(Protocol):
+    """What runs the functions of a program: `Runtime` in this process, or a child (child.py).
+
+    Attributes:
+        names: of the functions.
+    """
+
+    names: list[str]
+
+    def start(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """The states of a text, which begin with these arrays."""
+
+    def write(self, states: Any, arrays: Mapping[str, np.ndarray]) -> None:
+        """Replace them."""
+
+    def arrays(self, states: Any) -> dict[str, np.ndarray]:
+        """What they are now, by name."""
+
+    def call(self, name: str, inputs: Mapping[str, np.ndarray], states: Any = None) -> dict[str, np.ndarray]:
+        """The outputs of one call of a function by name. The states are changed in place."""
+
+
 class Runtime:
-    """A program that is compiled and loaded, to be used as a context manager.
+    """A program that is compiled and loaded, to be used as a context manager. See `Runs`.
+
+    What the runtime makes of some programs ends the process: those that others have made belong into a child.
 
     Args:
         asset: the folder NAME.aimodel.
@@ -37,6 +61,7 @@ class Runtime:
         try:
             executable = AIModelAsset.load(self._asset).executable()
             self._model: Any = self._loop.run_until_complete(self._stack.enter_async_context(executable))
+            self.names = list(self._model.function_names)
         except BaseException:
             self._loop.close()
             raise
@@ -47,11 +72,6 @@ class Runtime:
         self._loop.run_until_complete(self._stack.aclose())
         self._loop.close()
 
-    @property
-    def names(self) -> list[str]:
-        """Of the functions."""
-        return list(self._model.function_names)
-
     def function(self, name: str) -> Any:
         """A function of the runtime's own, loaded once."""
         if name not in self._functions:
@@ -59,11 +79,21 @@ class Runtime:
                 self._functions[name] = self._model.load_function(name)
         return self._functions[name]
 
-    def call(self, name: str, inputs: Mapping[str, np.ndarray], states: Mapping[str, NDArray]) -> dict[str, np.ndarray]:
-        """The outputs of one call of a function by name. The states are changed in place."""
+    def start(self, arrays: Mapping[str, np.ndarray]) -> dict[str, NDArray]:
+        return {name: NDArray(x) for name, x in arrays.items()}
+
+    def write(self, states: dict[str, NDArray], arrays: Mapping[str, np.ndarray]) -> None:
+        states.update(self.start(arrays))
+
+    def arrays(self, states: Mapping[str, NDArray]) -> dict[str, np.ndarray]:
+        return {name: x.numpy() for name, x in states.items()}
+
+    def call(
+        self, name: str, inputs: Mapping[str, np.ndarray], states: Mapping[str, NDArray] | None = None
+    ) -> dict[str, np.ndarray]:
         given = {key: NDArray(x) for key, x in inputs.items()}
-        outputs = self._loop.run_until_complete(self.function(name)(inputs=given, state=dict(states)))
-        return {key: outputs[key].numpy() for key in outputs if key not in states}
+        outputs = self._loop.run_until_complete(self.function(name)(inputs=given, state=dict(states or {})))
+        return {key: outputs[key].numpy() for key in outputs if key not in (states or {})}
 
 
 @contextmanager
@@ -80,57 +110,55 @@ def _without_remarks() -> Iterator[None]:
         os.close(nowhere)
 
 
-def zeros(shapes: Mapping[str, tuple[int, ...]], number_type: type) -> dict[str, NDArray]:
+def zeros(shapes: Mapping[str, tuple[int, ...]], number_type: type) -> dict[str, np.ndarray]:
     """States before the first token."""
-    return {name: NDArray(np.zeros(shape, number_type)) for name, shape in shapes.items()}
+    return {name: np.zeros(shape, number_type) for name, shape in shapes.items()}
 
 
 class InParts:
     """`decode` and `prefill` of a program, and the state of one text: session.Functions."""
 
-    def __init__(self, runtime: Runtime, layout: StateLayout, number_type: type):
+    def __init__(self, runtime: Runs, layout: StateLayout, number_type: type):
         self._runtime, self._layout, self._number_type = runtime, layout, number_type
-        self.states = zeros(apart_shapes(layout), number_type)
+        self._states = runtime.start(zeros(apart_shapes(layout), number_type))
 
     def predict(self, function: str, inputs: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        return self._runtime.call(function, inputs, self.states)
+        return self._runtime.call(function, inputs, self._states)
 
     @property
     def state(self) -> np.ndarray:
-        return packed(self._layout, {name: x.numpy() for name, x in self.states.items()})
+        return packed(self._layout, self._runtime.arrays(self._states))
 
     @state.setter
     def state(self, value: np.ndarray) -> None:
-        arrays = unpacked(self._layout, value.astype(self._number_type))
-        self.states = {name: NDArray(x) for name, x in arrays.items()}
+        self._runtime.write(self._states, unpacked(self._layout, value.astype(self._number_type)))
 
 
-def start_session(runtime: Runtime, layout: StateLayout, number_type: type, block: int = 0) -> Session:
-    """A text before its first token, to be read by `decode` and `prefill`."""
+def start_session(runtime: Runs, layout: StateLayout, number_type: type, learning: np.ndarray | None = None) -> Session:
+    """A text before its first token, to be read by `decode` and `prefill`; with a learning scale if they take one."""
     K = layout.args.mini_batch_size
-    return Session(InParts(runtime, layout, number_type), K, block or K)
+    return Session(InParts(runtime, layout, number_type), K, K, learning)
 
 
 class Main:
     """`main` of a program as Apple's runner drives it, and the state of one text.
 
     Attributes:
-        states: its three arrays by name.
         offset: tokens read so far.
     """
 
-    def __init__(self, runtime: Runtime, layout: StateLayout, number_type: type):
+    def __init__(self, runtime: Runs, layout: StateLayout, number_type: type):
         self._runtime, self.offset = runtime, 0
-        self.states = zeros(grouped_shapes(layout), number_type)
+        self._states = runtime.start(zeros(grouped_shapes(layout), number_type))
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The states by name."""
-        return {name: x.numpy() for name, x in self.states.items()}
+        """The three states by name."""
+        return self._runtime.arrays(self._states)
 
     @arrays.setter
     def arrays(self, values: Mapping[str, np.ndarray]) -> None:
-        self.states = {name: NDArray(x) for name, x in values.items()}
+        self._runtime.write(self._states, values)
 
     def read(self, ids: Sequence[int]) -> np.ndarray:
         """The logits of each token, [n, V], in float32."""
@@ -139,4 +167,4 @@ class Main:
             runner_main.IDS: np.asarray(ids, np.int32)[None],
             runner_main.POSITIONS: np.arange(self.offset, dtype=np.int32)[None],
         }
-        return self._runtime.call(runner_main.MAIN, inputs, self.states)[LOGITS][0].astype(np.float32)
+        return self._runtime.call(runner_main.MAIN, inputs, self._states)[LOGITS][0].astype(np.float32)

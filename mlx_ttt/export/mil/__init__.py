@@ -6,6 +6,7 @@
     package.py      the finished package and its companions
     interpreter.py  runs a program where there is no Core ML
     session.py      a saved package and who keeps its state
+    core_ai.py       runs a saved package on Core AI's runtime
     runners.py      what runs a package on this machine
 
 Call `require_coremltools` before importing any of them.

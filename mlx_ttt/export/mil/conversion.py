@@ -17,7 +17,7 @@ from coremltools.models.utils import MultiFunctionDescriptor, load_spec, save_mu
 from ...network.args import ModelArgs
 from ...network.model import Model
 from ...version import __version__
-from ..functions import FUNCTIONS, HEAD, IDS, LOGITS, STATE
+from ..functions import FUNCTIONS, HEAD, IDS, LEARNING, LOGITS, STATE
 from .program import Options, build
 
 BLOCK = 32  # weights that share a scale
@@ -30,6 +30,10 @@ DESCRIPTIONS = {
     STATE: "Everything the model remembers of the text. Zeros before the first token.",
     f"{STATE}Out": f"The state after this call: {STATE} of the next.",
     LOGITS: "Of the token after the last one that counts.",
+    LEARNING: "What the learning rates of each layer and head are multiplied by. Left out: 1.",
+    "loss": "How wrong the inner model of each layer and head was on each token. Zero for tokens that do not count.",
+    "lr": "The learning rate of each token. Zero for tokens that do not count.",
+    "writeNorm": "The norm of what each token adds to the inner model. Zero for tokens that do not count.",
 }
 
 
@@ -120,6 +124,9 @@ def finish(package: Path, metadata: Mapping[str, str]) -> None:
     for function in spec.description.functions or [spec.description]:
         for feature in (*function.input, *function.output, *function.state):
             feature.shortDescription = DESCRIPTIONS[feature.name]
+            if feature.name == LEARNING:
+                feature.type.isOptional = True
+                feature.type.multiArrayType.floatDefaultValue = 1
     (package / _SPEC).write_bytes(spec.SerializeToString(deterministic=True))
     _name_by_content(package)
 

@@ -30,6 +30,12 @@ class State(dict[str, np.ndarray]):
         self[name] = value.astype(np.float32)
 
 
+def empty_state(function: Function) -> State:
+    """The state before the first call: zeros."""
+    inputs = function.inputs.items()
+    return State({name: np.zeros(shape_of(var), np.float32) for name, var in inputs if types.is_state(var.sym_type)})
+
+
 class Interpreter:
     """Runs one function.
 
@@ -50,20 +56,18 @@ class Interpreter:
         self._constants: dict[Var, Any] = {}
         self.operations = []
         for op in function.operations:
-            if op.op_type == "const":
-                self._constants[op.outputs[0]] = _widened(op.outputs[0].val)
-            elif op.op_type.startswith("constexpr_"):
-                self._constants[op.outputs[0]] = _widened(op.materialized_val_inference())
+            known, constant = constant_of(op)
+            if known:
+                self._constants[op.outputs[0]] = constant
             elif op.op_type in _OPERATIONS:
                 self.operations.append(op)
             else:
                 raise CheckpointError(f"the interpreter does not know the operation {op.op_type!r}")
-        self.inputs = {name: _shape(var) for name, var in function.inputs.items()}
+        self.inputs = {name: shape_of(var) for name, var in function.inputs.items()}
 
     def make_state(self) -> State:
         """The state before the first call: zeros."""
-        inputs = self._function.inputs.items()
-        return State({name: np.zeros(_shape(var), np.float32) for name, var in inputs if types.is_state(var.sym_type)})
+        return empty_state(self._function)
 
     def predict(self, inputs: Mapping[str, np.ndarray], state: State | None = None) -> dict[str, np.ndarray]:
         """The outputs of one call by name; `state` is updated in place."""
@@ -73,14 +77,23 @@ class Interpreter:
             values[var] = (state, name) if types.is_state(var.sym_type) else _widened(np.asarray(inputs[name]))
         with np.errstate(over="ignore"):
             for op in self.operations:
-                results = _OPERATIONS[op.op_type](**_arguments(op, values))
+                results = _OPERATIONS[op.op_type](**arguments(op, values))
                 rounds = self._rounding and op.op_type not in _EXACT and op.outputs[0].dtype == types.fp16
                 for var, result in zip(op.outputs, results if isinstance(results, list) else [results], strict=True):
                     values[var] = result.astype(np.float16).astype(np.float32) if rounds else result
         return {var.name: values[var] for var in self._function.outputs}
 
 
-def _arguments(op: Operation, values: Mapping[Var, Any]) -> dict[str, Any]:
+def constant_of(op: Operation) -> tuple[bool, Any]:
+    """Whether an operation gives a constant, and that constant, float16 as float32."""
+    if op.op_type == "const":
+        return True, _widened(op.outputs[0].val)
+    if op.op_type.startswith("constexpr_"):
+        return True, _widened(op.materialized_val_inference())
+    return False, None
+
+
+def arguments(op: Operation, values: Mapping[Var, Any]) -> dict[str, Any]:
     """The values of an operation's arguments by name; of those that are lists of variables, lists."""
     given = ((name, var) for name, var in op.inputs.items() if var is not None)
     return {name: [values[x] for x in var] if isinstance(var, (list, tuple)) else values[var] for name, var in given}
@@ -108,7 +121,8 @@ def _widened(value: Any) -> Any:
     return value.astype(np.float32) if getattr(value, "dtype", None) == np.float16 else value
 
 
-def _shape(var: Var) -> tuple[int, ...]:
+def shape_of(var: Var) -> tuple[int, ...]:
+    """Of an input or a state."""
     return tuple(var.sym_type.wrapped_type().get_shape() if types.is_state(var.sym_type) else var.shape)
 
 

@@ -11,7 +11,7 @@ from coremltools.converters.mil.mil import Function, Program, types
 
 from ...network.model import Model
 from .. import functions
-from ..functions import LOGITS, STATE, ExportedFunction
+from ..functions import STATE, ExportedFunction
 from .operations import MILOperations
 
 
@@ -43,18 +43,22 @@ def build(model: Model, name: str, options: Options, progress: Callable[[], None
     exported = ExportedFunction(model, name, options)
     keeps_state = options.state_mode == "state"
     placeholder = mb.state_tensor_placeholder if keeps_state else mb.placeholder
-    inputs = {name: mb.placeholder(shape, dtype=types.int32) for name, shape in exported.inputs.items()}
+    inputs = {
+        name: mb.placeholder(shape, dtype=types.numpy_type_to_builtin_type(number))
+        for name, (shape, number) in exported.inputs.items()
+    }
     inputs[STATE] = placeholder(exported.layout.shape, dtype=types.fp16)
     with Function(inputs, opset_version=target.iOS18) as function:
         *tokens, state = function.inputs.values()
         before = mb.read_state(input=state) if keeps_state else state
-        logits, after = exported.lower(MILOperations(), tokens, before, progress)
-        logits.name = LOGITS
+        outputs, after = exported.lower(MILOperations(), tokens, before, progress)
+        for output_name, value in outputs.items():
+            value.name = output_name
         if keeps_state:
             mb.coreml_update_state(state=state, value=after)
-            function.set_outputs([logits])
+            function.set_outputs(list(outputs.values()))
         else:
-            function.set_outputs([logits, mb.identity(x=after, name=f"{STATE}Out")])
+            function.set_outputs([*outputs.values(), mb.identity(x=after, name=f"{STATE}Out")])
     program = Program()
     program.add_function("main", function)
     return program

@@ -15,6 +15,7 @@ import coremltools as ct
 from ...errors import CheckpointError
 from ..errors import first_line
 from ..session import Runner, Session
+from .core_ai import NAME, on_core_ai
 from .session import interpreted, on_device, packages_of
 
 COMPUTE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
@@ -22,10 +23,11 @@ COMPUTE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 @contextmanager
 def runners_of(package: Path) -> Iterator[list[Runner]]:
-    """What can run a package here, until the end of the context: on macOS each compute unit, elsewhere the interpreter.
+    """What can run a package here, until the end of the context.
 
-    It runs twice. Once it rounds as the package declares its types, once it computes in float32 throughout: then only
-    the weights are rounded.
+    On macOS that is each compute unit, elsewhere the interpreter. It runs twice. Once it rounds as the package declares
+    its types, once it computes in float32 throughout: then only the weights are rounded. Last, on both, comes Core AI's
+    runtime, or why it is missing.
 
     Args:
         package: an .mlpackage; of a pair the name without -decode.
@@ -34,8 +36,9 @@ def runners_of(package: Path) -> Iterator[list[Runner]]:
         CheckpointError: there is none, or Core ML cannot compile it.
     """
     sessions = _sessions(package)
-    with _compiled(package) as compiled:
-        yield [Runner(name, session, partial(_devices, compiled, name)) for name, session in sessions]
+    with _compiled(package) as compiled, on_core_ai(package) as second:
+        runners = [Runner(name, session, partial(_devices, compiled, name)) for name, session in sessions]
+        yield [*runners, Runner(NAME, second, dict, is_second=True)]
 
 
 def _sessions(package: Path) -> list[tuple[str, Callable[[], Session]]]:

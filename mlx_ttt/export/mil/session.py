@@ -12,7 +12,7 @@ from coremltools.models.utils import load_spec
 
 from ...errors import CheckpointError
 from ..functions import FUNCTIONS, STATE
-from ..metadata import read_facts
+from ..metadata import learning_of, read_facts
 from ..session import Session
 from .interpreter import Interpreter, load
 
@@ -71,7 +71,7 @@ def start_session(functions: Mapping[str, Predictor], metadata: Mapping[str, Any
     """
     in_out = metadata["state_mode"] == "io"
     with_state = InOut(functions, metadata["state"]["shape"]) if in_out else InState(functions, shared)
-    return Session(with_state, metadata["mini_batch_size"], metadata["prefill_tokens"])
+    return Session(with_state, metadata["mini_batch_size"], metadata["prefill_tokens"], learning_of(metadata))
 
 
 def packages_of(path: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from mlx_ttt.export.coreai import bundle
 from mlx_ttt.export.coreai.bundle import export, read_bundle
 from mlx_ttt.export.coreai.runtime import start_session
 from mlx_ttt.export.coreai.verify import store
+from mlx_ttt.export.functions import Options
 from mlx_ttt.export.layout import StateLayout
 from mlx_ttt.text.state import fingerprint
 
@@ -32,7 +34,7 @@ from ..texts import error, expected, feed, singly
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("bundle") / "Shakespeare"
-    export(mlx_ttt.bundled_model(), out, weights="float32", compute="float32")
+    export(mlx_ttt.bundled_model(), out, weights="float32", options=Options(compute="float32"))
     return out
 
 
@@ -90,6 +92,24 @@ class TestBundle:
         assert "main" in result.stdout
         assert "parts at" not in result.stdout
 
+    def test_verify_with_learning_and_signals(self, tmp_path):
+        command = ["coreai", str(mlx_ttt.bundled_model()), str(tmp_path / "out"), "--weights", "float16"]
+        options = ["--compute", "float32", "--learning", "--signals"]
+        result = CliRunner().invoke(convert, [*command, *options])
+        assert result.exit_code == 0, result.output
+        command = ["verify", str(tmp_path / "out"), "--against", str(mlx_ttt.bundled_model()), "--tokens", "130"]
+        result = CliRunner().invoke(convert, command)
+        assert result.exit_code == 0, result.output
+        table = result.stdout.splitlines()
+        assert [line.split("  ")[0] for line in table[1:4]] == [
+            "decode and prefill",
+            "main",
+            "decode and prefill, learning scaled",
+        ]
+        assert table[0].endswith("signals")
+        assert float(table[1].split()[-1]) <= 1e-4
+        assert float(table[3].split()[-1]) <= 1e-4
+
     def test_verify_finds_another_number(self, exported, tmp_path):
         """One weight of the last norm is larger than the model's."""
         copy = Path(shutil.copytree(exported, tmp_path / "copy"))
@@ -107,6 +127,16 @@ class TestBundle:
         assert result.exit_code == 1, result.output
         assert "beyond the bound" in result.stderr
 
+    def test_verify_of_what_ends_the_runtime(self, exported, tmp_path):
+        copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+        asset = next(copy.glob("*.aimodel"))
+        (asset / "main.mlirb").write_bytes(b"none")
+        (asset / "main.hash").write_bytes(hashlib.sha256(b"none").digest())
+        command = ["verify", str(copy), "--against", str(mlx_ttt.bundled_model()), "--tokens", "64"]
+        result = CliRunner().invoke(convert, command)
+        assert result.exit_code == 2
+        assert re.fullmatch(r"error: [^\n]*runtime ended itself \(SIGABRT\)[^\n]*\n", result.stderr.split("\r")[-1])
+
     def test_another_model(self, exported, model_dirs):
         command = ["verify", str(exported), "--against", str(model_dirs("mlp-mamba"))]
         result = CliRunner().invoke(convert, command)
@@ -115,7 +145,7 @@ class TestBundle:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["float16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4", "lut4"])
 def test_formats_on_the_runtime(programs, model_dirs, weights):
     """The same numbers in MLX: what differs is only the order of sums."""
     model, runtime = programs("linear-transformer", weights, "float32", ("decode", "prefill"))

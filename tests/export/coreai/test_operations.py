@@ -131,6 +131,24 @@ def test_no_operation_is_left_out():
     assert tried >= set(OPERATIONS)
 
 
+def test_small_halves_in_constants_are_misread(tmp_path):
+    """Why formats.plain stores none. If this fails, the runtime has been mended, and `plain` may go."""
+    x = np.float16([2**-14, 2.0**-15, 3 * 2.0**-16])
+    module, ops = Module.create(), CoreAIOperations()
+    with module:
+
+        def body(given):
+            return {"given": ops.cast(given, np.float32), "constant": ops.abs(ops.cast(ops.value(x), np.float32))}, {}
+
+        add_function("main", {"x": (x.shape, np.float16)}, {}, body)
+    AIProgram(module).save_asset(tmp_path / "halves.aimodel")
+    with Runtime(tmp_path / "halves.aimodel") as runtime:
+        found = runtime.call("main", {"x": x}, {})
+    np.testing.assert_array_equal(found["given"], x.astype(np.float32))
+    assert found["constant"][0] == x[0]
+    assert (found["constant"][1:] < x[1:] / 2).all()
+
+
 def test_a_loop_goes_on_from_a_product(tmp_path):
     """Without an operation element by element behind it, the second round's product is wrong."""
     W = np.array([[1, 1], [0, 1]], np.float32)

@@ -16,17 +16,19 @@ from click.testing import CliRunner
 
 import mlx_ttt
 from mlx_ttt.cli.coreml import verify as command
-from mlx_ttt.errors import CheckpointError
+from mlx_ttt.errors import CheckpointError, TTTError
 from mlx_ttt.export import verify as room
 from mlx_ttt.export.layout import StateLayout
-from mlx_ttt.export.mil import runners
+from mlx_ttt.export.mil import core_ai, runners
 from mlx_ttt.export.mil.session import read_metadata
 from mlx_ttt.export.verify import divergence, overlap, verify
 
 
+@pytest.mark.slow
 def test_figures(exported, model_dirs):
-    rounded, exact = verify(exported, model_dirs("mlp-mamba"))
+    rounded, exact, second = verify(exported, model_dirs("mlp-mamba"))
     assert (rounded.where, exact.where) == ("interpreter", "interpreter, float32")
+    assert second.where == "Core AI's runtime, float32"
     assert rounded.positions == exact.positions > 60
     assert 0 < rounded.largest_difference <= 0.02
     assert exact.largest_difference <= rounded.largest_difference
@@ -80,7 +82,7 @@ def test_command(exported, model_dirs):
 class Answers:
     """A session whose logits are all the same number; an error is raised instead."""
 
-    block = 16
+    block, signals = 16, {}
 
     def __init__(self, model_dir: Path, logit: float | Exception):
         args = mlx_ttt.load_model(model_dir)[0].args
@@ -101,6 +103,10 @@ def answering(model_dirs, monkeypatch):
     def answer(**answers: float | Exception):
         units = [(unit, lambda x=x: Answers(model_dirs("mlp-mamba"), x)) for unit, x in answers.items()]
         monkeypatch.setattr(runners, "_sessions", lambda package: units)
+        monkeypatch.setattr(core_ai, "require_coreai", missing)
+
+    def missing():
+        raise TTTError("not here")
 
     return answer
 

@@ -1,7 +1,7 @@
 """How fast an exported model is on Core AI's runtime here, and whether its memory stays flat.
 
-    python benchmarks/coreai.py                     the bundled model, float32
-    python benchmarks/coreai.py MODEL --calls 10000
+    python benchmarks/core_ai.py                     the bundled model, float32
+    python benchmarks/core_ai.py MODEL --calls 10000
 
 Figures are the median of rounds with the least and the largest. MLX runs its operations, without our C code. The
 program is made in a temporary folder and removed.
