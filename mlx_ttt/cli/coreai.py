@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from .command import CONTEXT, Command, Progress, show_table
+from .command import CONTEXT, Command, Progress, existing, show_table, tokenizer_option
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.argument("model", type=Path)
+@click.argument("model")
 @click.argument("out", type=Path)
+@tokenizer_option
 @click.option(
     "--weights",
     type=click.Choice(["float32", "float16", "int8", "int4"]),
@@ -25,8 +26,8 @@ from .command import CONTEXT, Command, Progress, show_table
     default="float16",
     help="mixed: the inner model learns in float32, for texts that float16 is too coarse for.",
 )
-def coreai(model: Path, out: Path, weights: str, compute: str) -> None:
-    """Export MODEL, a model directory, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
+def coreai(model: str, tokenizer: str | None, out: Path, weights: str, compute: str) -> None:
+    """Export MODEL, a model directory or ORG/NAME, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
 
     Apple's runner for language models takes it as it is. Apple's runtime for Linux proves it: `convert.py verify`.
     """
@@ -35,9 +36,10 @@ def coreai(model: Path, out: Path, weights: str, compute: str) -> None:
     require_coreai()
     from ..export.coreai.bundle import export
 
+    directory = existing(model, tokenizer)
     start = time.perf_counter()
     with Progress("exporting") as progress:
-        report = export(model, out, weights=weights, compute=compute, progress=progress)
+        report = export(directory, out, weights=weights, compute=compute, progress=progress)
     click.echo(f"{report.out}")
     click.echo(
         f"{report.nbytes / 1e6:.1f} MB, state {report.state_nbytes / 1e6:.2f} MB; {time.perf_counter() - start:.0f} s"

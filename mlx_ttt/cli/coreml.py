@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from .command import CONTEXT, Command, Progress
+from .command import CONTEXT, Command, Progress, existing, tokenizer_option
 from .coreai import is_bundle, verify_bundle
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.argument("model", type=Path)
+@click.argument("model")
 @click.argument("out", type=Path)
+@tokenizer_option
 @click.option(
     "--weights",
     type=click.Choice(["float16", "int8", "int4"]),
@@ -57,7 +58,8 @@ from .coreai import is_bundle, verify_bundle
 )
 @click.option("--no-companions", is_flag=True, help="Write only the package: no tokenizer, no configuration, no Swift.")
 def coreml(
-    model: Path,
+    model: str,
+    tokenizer: str | None,
     out: Path,
     weights: str,
     compute: str,
@@ -67,7 +69,7 @@ def coreml(
     split_head: int,
     no_companions: bool,
 ) -> None:
-    """Export MODEL, a model directory, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
+    """Export MODEL, a model directory or ORG/NAME, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
 
     Beside it a folder OUT-companions is made, with what an app needs: tokenizer, configuration, Swift code.
     """
@@ -77,11 +79,12 @@ def coreml(
     from ..export.mil.package import export
     from ..export.mil.program import Options
 
+    directory = existing(model, tokenizer, needs_tokenizer=not no_companions)
     options = Options(compute, split_head, prefill_tokens, state_mode=state_mode)
     start = time.perf_counter()
     with Progress("exporting") as progress:
         report = export(
-            model,
+            directory,
             out,
             weights=weights,
             options=options,
@@ -101,7 +104,7 @@ def coreml(
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("package", type=Path)
-@click.option("--against", type=Path, required=True, metavar="MODEL", help="The model directory it was exported from.")
+@click.option("--against", required=True, metavar="MODEL", help="The model that it was exported from.")
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -110,7 +113,7 @@ def coreml(
     help="Length of the text to compare on.",
 )
 @click.pass_context
-def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None) -> None:
+def verify(ctx: click.Context, package: Path, against: str, tokens: int | None) -> None:
     """Compare PACKAGE, a Core ML package or a bundle for Core AI, with the model it was exported from.
 
     A bundle runs in Core AI's own runtime, on Linux too; the exit status is 1 if it is beyond a bound.
@@ -121,7 +124,7 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
     -prefill.
     """
     if is_bundle(package):
-        verify_bundle(ctx, package, against, tokens or 4096)
+        verify_bundle(ctx, package, existing(against, needs_tokenizer=False), tokens or 4096)
         return
     from ..export.mil import require_coremltools
 
@@ -129,7 +132,7 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
     from ..export.verify import Refusal, verify
 
     with Progress("comparing") as progress:
-        comparisons = verify(package, against, tokens=tokens or 160, progress=progress)
+        comparisons = verify(package, existing(against, needs_tokenizer=False), tokens=tokens or 160, progress=progress)
     for found in comparisons:
         if isinstance(found, Refusal):
             click.echo(f"{found.where}: refused: {found.reason}")
