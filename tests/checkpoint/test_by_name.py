@@ -107,7 +107,14 @@ def large(hub) -> set[str]:
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("layout", ["train state", "code beside shards", "lone file"])
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            pytest.param("train state", marks=pytest.mark.slow),
+            "code beside shards",
+            pytest.param("lone file", marks=pytest.mark.slow),
+        ],
+    )
     def test_the_same_text_as_from_a_directory_and_no_word_to_the_hub_again(
         self, layout, layouts, hub, tmp_path, monkeypatch
     ):
@@ -147,6 +154,7 @@ class TestLayouts:
         card = (entry.path / "README.md").read_text()
         assert f"base_model: {REPO}" in card and f'mlx_ttt.load("{REPO}")' in card
 
+    @pytest.mark.slow
     def test_another_tokenizer_later(self, hub, train_state, tmp_path):
         other = tmp_path / "other.json"
         other.write_bytes(tokenizer_json().replace(b"<unk>", b"<odd>"))
@@ -157,6 +165,7 @@ class TestLayouts:
         generate(REPO, "--tokenizer", TOKENIZER)
         assert [entry.revisions for entry in Home(REPO).entries() if entry.name == first.name] == [("main",)]
 
+    @pytest.mark.slow
     def test_a_model_directory_is_used_where_it_is(self, hub, tmp_path):
         bundled = mlx_ttt.bundled_model()
         hub.add(REPO, contents(bundled, *(file.name for file in bundled.iterdir())))
@@ -168,6 +177,7 @@ class TestLayouts:
         shutil.rmtree(tmp_path / "cache")  # what the link leads to
         assert generate(REPO) == first and "model.safetensors" in hub.downloaded()
 
+    @pytest.mark.slow
     def test_without_a_tokenizer_for_what_needs_none(self, hub, train_state):
         mlx_ttt.load_model(REPO)
         with pytest.raises(TokenizerError, match=f"{REPO}: has no tokenizer: add --tokenizer FILE"):
@@ -176,6 +186,7 @@ class TestLayouts:
         assert mlx_ttt.generate(model, tokenizer, TEXT, max_tokens=6) + "\n" == generate(REPO)
 
 
+@pytest.mark.slow
 class TestCommands:
     """Every command that takes a model."""
 
@@ -236,6 +247,7 @@ class TestRevisions:
         assert run("cache", "remove", REPO).exit_code == 0
         assert run("generate", "-p", TEXT, "--model", REPO, "--tokenizer", TOKENIZER).exit_code == 2  # the new config
 
+    @pytest.mark.slow
     def test_a_revision_in_the_name(self, hub, train_state):
         hub.add(REPO, train_state | {"notes.txt": b""}, revision="refs/pr/1")
         commits = {revision: hub.commit(REPO, revision) for revision in ("main", "refs/pr/1")}

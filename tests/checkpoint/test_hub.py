@@ -251,4 +251,4 @@ class TestErrors:
     def test_hub_in_trouble(self, hub, files, refused):
         hub.add(REPO, files)
         hub.status = 500
-        refused(f"{REPO}: .* the Hub cannot be reached .*500")
+        refused(f"{REPO}: the Hub answers 500: the Hub has a bad day")
