@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import errno
+import functools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -237,13 +240,16 @@ class TestCommands:
 
 
 class TestRevisions:
-    def test_it_stays_at_the_commit_of_the_first_time(self, hub, train_state):
+    @pytest.mark.slow
+    def test_it_stays_at_the_commit_of_the_first_time(self, hub, train_state, tmp_path):
         before = hub.commit(REPO, "main")
         generate(REPO, "--tokenizer", TOKENIZER)
         hub.add(REPO, train_state | {"config.json": b"[]"})
         generate(REPO)
-        generate(REPO, "--tokenizer", TOKENIZER)
-        assert [entry.commit for entry in Home(REPO).entries()] == [before]
+        other = tmp_path / "other.json"
+        other.write_bytes(tokenizer_json().replace(b"<unk>", b"<odd>"))
+        generate(REPO, "--tokenizer", other)
+        assert [entry.commit for entry in Home(REPO).entries()] == [before, before]
         assert run("cache", "remove", REPO).exit_code == 0
         assert run("generate", "-p", TEXT, "--model", REPO, "--tokenizer", TOKENIZER).exit_code == 2  # the new config
 
@@ -358,6 +364,29 @@ class TestManyAtOnce:
         (left / "new").mkdir(parents=True)
         generate(REPO, "--tokenizer", TOKENIZER)
         assert not left.exists()
+
+    def test_one_waits_for_the_other(self, hub, train_state, monkeypatch):
+        started, waiting, conversions = threading.Event(), threading.Event(), []
+        real = by_name.convert
+
+        def slowly(*arguments, **options):
+            conversions.append(arguments[1])
+            started.set()
+            assert waiting.wait(20)
+            return real(*arguments, **options)
+
+        def tell(line: str) -> None:
+            if "another process is at it" in line:
+                waiting.set()
+
+        monkeypatch.setattr(by_name, "convert", slowly)
+        ask = functools.partial(by_name.model_directory, REPO, tokenizer=TOKENIZER, listener=by_name.Listener(tell))
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            first = threads.submit(ask)
+            assert started.wait(20)
+            second = threads.submit(ask)
+            assert first.result() == second.result() == conversions[0]
+        assert len(conversions) == 1
 
     @pytest.mark.slow
     def test_two_processes_convert_once(self, layouts, tmp_path):
