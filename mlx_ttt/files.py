@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the number of their format."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from .errors import TTTError
 
 
 @contextmanager
@@ -23,3 +25,25 @@ def written_whole(file: Path, suffix: str = "") -> Iterator[Path]:
         complete = Path(beside) / f"{file.name}{suffix}"
         yield complete
         os.replace(complete, file)
+
+
+def check_format(file: Path | str, found: object, known: int, kind: type[TTTError]) -> int:
+    """The number of a file's format, which must not be newer than what this version reads.
+
+    Args:
+        found: what the file says, a number or its digits.
+        known: the newest format that can be read.
+        kind: the class of the error to raise.
+
+    Raises:
+        TTTError (of the class `kind`): the format is newer, or none.
+    """
+    digits = str(found)
+    if isinstance(found, bool) or not (digits.isascii() and digits.isdigit()) or not int(digits[:9]) >= 1:
+        raise kind(f"{file}: damaged: its format is no number")
+    if int(digits[:9]) > known:
+        raise kind(
+            f"{file}: has format {digits[:9]}, which a newer version of mlx-ttt wrote; this one reads up to {known}:"
+            " pip install --upgrade mlx-ttt"
+        )
+    return int(digits)
