@@ -131,7 +131,11 @@ class Home:
             self.folder.mkdir(parents=True, exist_ok=True)  # the other process may have removed it
             for left in filter(is_workshop, self.folder.iterdir()):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            yield
+            try:
+                yield
+            finally:
+                with suppress(OSError):  # nothing came of it
+                    self.folder.rmdir()
 
     def remove(self) -> int:
         """Delete all that is here, at once for those who look; returns its size in bytes."""
