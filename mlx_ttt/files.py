@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the number of their format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import OutputError
+from .errors import OutputError, TTTError
 
 
 @contextmanager
@@ -41,3 +41,25 @@ def output_file(file: str | Path) -> Path:
     if not os.access(path.parent, os.W_OK):
         raise OutputError(f"{file}: the folder is not writable")
     return path
+
+
+def check_format(file: Path | str, found: object, known: int, kind: type[TTTError]) -> int:
+    """The number of a file's format, which must not be newer than what this version reads.
+
+    Args:
+        found: what the file says, a number or its digits.
+        known: the newest format that can be read.
+        kind: the class of the error to raise.
+
+    Raises:
+        TTTError (of the class `kind`): the format is newer, or none.
+    """
+    digits = str(found)
+    if isinstance(found, bool) or not (digits.isascii() and digits.isdigit()) or not int(digits[:9]) >= 1:
+        raise kind(f"{file}: damaged: its format is no number")
+    if int(digits[:9]) > known:
+        raise kind(
+            f"{file}: has format {digits[:9]}, which a newer version of mlx-ttt wrote; this one reads up to {known}:"
+            " pip install --upgrade mlx-ttt"
+        )
+    return int(digits)

@@ -9,9 +9,9 @@ import mlx.core as mx
 from mlx_lm import utils as mlx_lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .checkpoint.by_name import model_directory
 from .checkpoint.config import read_config
 from .checkpoint.directory import CONFIG
-from .checkpoint.hub import locate
 from .checkpoint.parameters import Parameters
 from .checkpoint.quantization import in_floating_point
 from .checkpoint.source import open_source
@@ -30,14 +30,19 @@ def bundled_model() -> Path:
 
 
 def load(
-    path: str | Path | None = None, revision: str | None = None, group: mx.distributed.Group | None = None
+    path: str | Path | None = None,
+    revision: str | None = None,
+    group: mx.distributed.Group | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[Model, TokenizerWrapper]:
     """Load a model and its tokenizer, as mlx_lm.load does.
 
     Args:
-        path: a model directory on this machine or on the Hugging Face Hub (`org/name`); the bundled model by default.
+        path: a model directory, or any TTT checkpoint on the Hugging Face Hub, `org/name`, which is downloaded and
+            converted the first time; the bundled model by default.
         revision: branch, tag or commit of a repository on the Hub.
         group: machines over which the model is split; see `Model.shard`.
+        tokenizer: for a repository that has none: a tokenizer's file or folder, or a repository that has one.
 
     Returns:
         The model and an mlx-lm TokenizerWrapper.
@@ -48,7 +53,7 @@ def load(
         TokenizerError: it has no tokenizer, or a damaged one.
         DistributedError: it does not divide over so many machines.
     """
-    path = _local(path, revision)
+    path = _local(path, revision, tokenizer)
     model, config = load_model(path, group=group)
     return model, load_tokenizer(path, config)
 
@@ -71,7 +76,7 @@ def load_model(
     Raises:
         CheckpointError, HubError, DistributedError: as for `load`.
     """
-    path = _local(path, revision)
+    path = _local(path, revision, needs_tokenizer=False)
     _check(path)
     try:
         loaded, config = mlx_lm_utils.load_model(
@@ -91,8 +96,15 @@ def load_model(
     return model, config
 
 
-def _local(path: str | Path | None, revision: str | None) -> Path:
-    return bundled_model() if path is None else locate(path, revision).path
+def _local(
+    path: str | Path | None,
+    revision: str | None,
+    tokenizer: str | Path | None = None,
+    needs_tokenizer: bool = True,
+) -> Path:
+    if path is None:
+        return bundled_model()
+    return model_directory(path, revision, tokenizer=tokenizer, needs_tokenizer=needs_tokenizer)
 
 
 def _check(path: Path) -> None:

@@ -114,7 +114,7 @@ def read_config(path: Path) -> Config:
         CheckpointError: it cannot be read, is of another architecture, or has missing, ill-typed or absurd fields.
     """
     config = read_json(path)
-    _refuse_other_architectures(config, path)
+    refuse_other_architectures(config, path)
     if missing := [name for name in _SIZES if name not in config]:
         raise CheckpointError(f"{path}: lacks {', '.join(missing)}")
     return Config(config, _arguments(config, str(path)), path)
@@ -132,11 +132,12 @@ def _arguments(config: dict, where: str) -> ModelArgs:
     return args
 
 
-def _refuse_other_architectures(config: dict, path: Path) -> None:
+def refuse_other_architectures(config: dict, where: Path | str) -> None:
+    """Raise CheckpointError if a config says that its model is of another kind."""
     architectures = config.get("architectures") or ["TTT"]
     kinds = [config.get("model_type", "ttt"), *(architectures if isinstance(architectures, list) else [architectures])]
     if others := [kind for kind in kinds if not (isinstance(kind, str) and kind.lower().startswith("ttt"))]:
-        raise CheckpointError(f"{path}: describes a model of type {quoted(others[0])}, not a TTT language model")
+        raise CheckpointError(f"{where}: describes a model of type {quoted(others[0])}, not a TTT language model")
 
 
 def written_config(config: Config, dtype: str) -> dict:

@@ -26,7 +26,7 @@ from .directory import (
     write_config,
 )
 from .folder import check_place, complete_folder
-from .hub import locate
+from .hub import Located, locate, tokenizer_files
 from .parameters import EMBEDDING, HEAD, Parameters
 from .quantization import Quantization, Scheme, in_floating_point
 from .safetensors import write_safetensors
@@ -53,7 +53,7 @@ class ConversionReport:
 
 
 def convert(
-    source: Path | str,
+    source: Path | str | Located,
     out: Path | str,
     *,
     revision: str | None = None,
@@ -75,7 +75,7 @@ def convert(
 
     Args:
         source: a folder with safetensors or PyTorch weights or a JAX stream, a weights file, or a repository on the
-            Hugging Face Hub, `org/name`.
+            Hugging Face Hub, `org/name`; or where `locate` has found one.
         out: the model directory to make.
         revision: branch, tag or commit of the repository.
         name: what the model card calls the model and loads it by; the name of `out` by default.
@@ -84,7 +84,7 @@ def convert(
         recipe: a recipe of mlx-lm that gives some matrices more bits; the group size is that of `quantize`.
         dequantize: write floating-point weights from a quantized model directory.
         config: the config file, if it is not config.json beside the weights.
-        tokenizer: a tokenizer file or a folder with one, if it is not beside the weights.
+        tokenizer: a tokenizer file, a folder with one or a repository that has one, if it is not beside the weights.
         assumptions: ttt_base_lr, rope_theta or rms_norm_eps, by name, for a JAX stream without a config.
         overwrite: replace a model directory at `out`. A folder with other files is never replaced.
         allow_nonfinite: convert weights that are NaN or infinite too, with a warning.
@@ -98,12 +98,15 @@ def convert(
         OutputError: `out` exists or cannot be written to.
     """
     out = in_real_folder(Path(out))
-    if not os.path.lexists(source):
-        check_place(out, overwrite)  # before the download, not after it
-    located = locate(source, revision)
+    if isinstance(source, Located):
+        located = source
+    else:
+        if not os.path.lexists(source):
+            check_place(out, overwrite)  # before the download, not after it
+        located = locate(source, revision)
     checkpoint = open_source(located.path)
     found = config_of(checkpoint, Path(config) if config else None, assumptions)
-    tokenizer_source = Path(checkpoint.folder if tokenizer is None else tokenizer)
+    tokenizer_source = checkpoint.folder if tokenizer is None else tokenizer_files(tokenizer)
     refuse_overlap(out, [*checkpoint.files, *filter(None, [found.path]), tokenizer_source])
     before = found.quantization()
     _check_choice(checkpoint.path, before, quantize, dequantize)

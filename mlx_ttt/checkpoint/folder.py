@@ -69,6 +69,11 @@ def _put_back(old: Path, out: Path) -> None:
         raise OutputError(f"{out}: cannot be put back ({error.strerror}); it is now {old}") from None
 
 
+def is_workshop(folder: Path) -> bool:
+    """Whether a folder is one that `complete_folder` works in; if nobody does, a process was killed there."""
+    return folder.name.startswith(".") and ".partial-" in folder.name
+
+
 def _workshop_prefix(out: Path) -> str:
     return f".{out.name}.partial-"
 

@@ -12,6 +12,7 @@ from .convert import convert
 from .doctor import doctor
 from .generate import generate
 from .mlx_lm import fuse, lora
+from .models import cache, models
 from .perplexity import perplexity
 from .serve import serve
 from .state import state
@@ -20,7 +21,7 @@ from .watch import watch
 
 _SECTIONS = {
     "Write": (generate, chat, serve),
-    "Models": (convert,),
+    "Models": (models, cache, convert),
     "Train": (train, lora, fuse),
     "Look": (perplexity, state, watch),
     "This machine": (doctor, completion),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import TTTError
-from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress, one_line, styled
+from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Named, Progress, model_options, one_line, styled
 from .sampling import learning_option, make_sampler, sampling_options
 
 if TYPE_CHECKING:
@@ -33,14 +33,14 @@ _HELP = f"""/save FILE     save what was read and written, to continue it later
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--model", metavar="DIR", help="A model directory, or org/name on the Hub; the bundled model by default.")
+@model_options
 @click.option("--system", metavar="TEXT", help="What the model is told first. Needs a chat template.")
 @click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")
 @sampling_options
 @click.option("--load-state", metavar="FILE", help="Go on from a saved state.")
 @learning_option
 def chat(
-    model: str | None,
+    model: Named,
     system: str | None,
     max_tokens: int,
     seed: int | None,
@@ -63,7 +63,7 @@ def chat(
 
     if seed is not None:
         mx.random.seed(seed)
-    network, tokenizer = load(model)
+    network, tokenizer = load(model.directory())
     vocabulary = Vocabulary(tokenizer)
     if system is not None and not vocabulary.has_chat_template:
         raise TTTError("--system needs a model with a chat template; this one continues texts")

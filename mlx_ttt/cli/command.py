@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import click
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True}
 Rows = Iterable[Sequence[str]]
+F = TypeVar("F", bound=Callable[..., Any])
 
 INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended, as shells report it
 
@@ -91,6 +94,64 @@ class Command(OneLine):
 def styled(text: str, stream: TextIO, **style: Any) -> str:
     """Text with a colour or weight, if it goes to a terminal and the user has not set NO_COLOR (no-color.org)."""
     return click.style(text, **style) if stream.isatty() and not os.environ.get("NO_COLOR") else text
+
+
+@dataclass(frozen=True)
+class Named:
+    """The model that a user names."""
+
+    name: str | None
+    tokenizer: str | None = None
+
+    def directory(self, needs_tokenizer: bool = True) -> Path | None:
+        """Its directory; None for the bundled model. A repository is fetched the first time, with a word on stderr.
+
+        Raises:
+            TTTError: it cannot be had.
+        """
+        if self.name is None:
+            if self.tokenizer is not None:
+                raise TTTError("--tokenizer is for a repository: give --model ORG/NAME, too")
+            return None
+
+        from ..checkpoint.by_name import Listener, model_directory
+
+        with Progress("converting") as progress:
+            listener = Listener(lambda line: click.echo(line, err=True), progress)
+            return model_directory(
+                self.name, tokenizer=self.tokenizer, needs_tokenizer=needs_tokenizer, listener=listener
+            )
+
+
+def existing(model: str, tokenizer: str | None = None, needs_tokenizer: bool = True) -> Path:
+    """The directory of a model that must be named; see `Named`."""
+    directory = Named(model, tokenizer).directory(needs_tokenizer)
+    assert directory is not None
+    return directory
+
+
+_MODEL = click.option(
+    "--model",
+    metavar="DIR",
+    help="A model directory, or ORG/NAME on the Hub (`mlx-ttt models` lists some); the bundled model by default.",
+)
+tokenizer_option = click.option(
+    "--tokenizer",
+    metavar="FILE",
+    help="For a repository without a tokenizer: a file or folder with one, or ORG/NAME. It is remembered.",
+)
+
+
+def model_options(command: F) -> F:
+    """--model and --tokenizer, which the command gets together as a `Named`."""
+
+    @_MODEL
+    @tokenizer_option
+    @functools.wraps(command)
+    def with_model(model: str | None, tokenizer: str | None, **others: Any) -> Any:
+        return command(model=Named(model, tokenizer), **others)
+
+    return with_model  # type: ignore[return-value]
 
 
 def text_of(file: str, name: str) -> str:

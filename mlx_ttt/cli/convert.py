@@ -46,7 +46,7 @@ def convert() -> None:
 )
 @click.option("--dequantize", is_flag=True, help="Write a quantized model's weights in floating point.")
 @click.option("--config", type=Path, metavar="FILE", help="The model's config.json, if SOURCE has none.")
-@click.option("--tokenizer", type=Path, metavar="FILE", help="tokenizer.model or tokenizer.json, or a folder with it.")
+@click.option("--tokenizer", metavar="FILE", help="tokenizer.model or tokenizer.json, a folder with it, or ORG/NAME.")
 @click.option("--ttt-base-lr", type=float, help="For a JAX checkpoint; by default 1.0 for TTT-Linear, 0.1 for TTT-MLP.")
 @click.option("--rope-theta", type=float, help="For a JAX checkpoint; 10000 by default.")
 @click.option("--rms-norm-eps", type=float, help="For a JAX checkpoint; 1e-6 by default.")
@@ -132,9 +132,10 @@ def torch(model: Path, out: Path, dequantize: bool, overwrite: bool) -> None:
 @click.option("--config", type=Path, metavar="FILE", help="The model's config.json, if SOURCE has none.")
 def inspect(source: Path, config: Path | None) -> None:
     """Show what SOURCE, a checkpoint or model directory, holds."""
+    from ..checkpoint.hub import locate
     from ..checkpoint.inspection import inspect
 
-    for name, value in _facts(inspect(source, config=config)):
+    for name, value in _facts(inspect(locate(source).path, config=config)):
         click.echo(f"{name + ':':12} {value}")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from .command import CONTEXT, Command, Progress, show_table
+from .command import CONTEXT, Command, Progress, existing, show_table, tokenizer_option
 
 
 def learning_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -27,8 +27,9 @@ def learning_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.argument("model", type=Path)
+@click.argument("model")
 @click.argument("out", type=Path)
+@tokenizer_option
 @click.option(
     "--weights",
     type=click.Choice(["float32", "float16", "int8", "int4", "lut4"]),
@@ -42,8 +43,10 @@ def learning_options(command: Callable[..., None]) -> Callable[..., None]:
     help="mixed: the inner model learns in float32, for texts that float16 is too coarse for.",
 )
 @learning_options
-def coreai(model: Path, out: Path, weights: str, compute: str, learning: bool, signals: bool) -> None:
-    """Export MODEL, a model directory, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
+def coreai(
+    model: str, tokenizer: str | None, out: Path, weights: str, compute: str, learning: bool, signals: bool
+) -> None:
+    """Export MODEL, a model directory or ORG/NAME, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
 
     Apple's runner for language models takes it as it is. Apple's runtime for Linux proves it: `convert.py verify`.
     """
@@ -53,10 +56,11 @@ def coreai(model: Path, out: Path, weights: str, compute: str, learning: bool, s
     from ..export.coreai.bundle import export
     from ..export.functions import Options
 
+    directory = existing(model, tokenizer)
     start = time.perf_counter()
     with Progress("exporting") as progress:
         options = Options(compute=compute, learning=learning, signals=signals)
-        report = export(model, out, weights=weights, options=options, progress=progress)
+        report = export(directory, out, weights=weights, options=options, progress=progress)
     click.echo(f"{report.out}")
     click.echo(
         f"{report.nbytes / 1e6:.1f} MB, state {report.state_nbytes / 1e6:.2f} MB; {time.perf_counter() - start:.0f} s"

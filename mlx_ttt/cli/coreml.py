@@ -7,13 +7,14 @@ from pathlib import Path
 
 import click
 
-from .command import CONTEXT, Command, Progress
+from .command import CONTEXT, Command, Progress, existing, tokenizer_option
 from .coreai import is_bundle, learning_options, verify_bundle
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.argument("model", type=Path)
+@click.argument("model")
 @click.argument("out", type=Path)
+@tokenizer_option
 @click.option(
     "--weights",
     type=click.Choice(["float16", "int8", "int4"]),
@@ -58,7 +59,8 @@ from .coreai import is_bundle, learning_options, verify_bundle
 @learning_options
 @click.option("--no-companions", is_flag=True, help="Write only the package: no tokenizer, no configuration, no Swift.")
 def coreml(
-    model: Path,
+    model: str,
+    tokenizer: str | None,
     out: Path,
     weights: str,
     compute: str,
@@ -70,7 +72,7 @@ def coreml(
     learning: bool,
     signals: bool,
 ) -> None:
-    """Export MODEL, a model directory, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
+    """Export MODEL, a model directory or ORG/NAME, to the Core ML package OUT.mlpackage (iOS 18, macOS 15).
 
     Beside it a folder OUT-companions is made, with what an app needs: tokenizer, configuration, Swift code.
     """
@@ -80,11 +82,12 @@ def coreml(
     from ..export.mil.package import export
     from ..export.mil.program import Options
 
+    directory = existing(model, tokenizer, needs_tokenizer=not no_companions)
     options = Options(compute, split_head, prefill_tokens, learning=learning, signals=signals, state_mode=state_mode)
     start = time.perf_counter()
     with Progress("exporting") as progress:
         report = export(
-            model,
+            directory,
             out,
             weights=weights,
             options=options,
@@ -104,7 +107,7 @@ def coreml(
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("package", type=Path)
-@click.option("--against", type=Path, required=True, metavar="MODEL", help="The model directory it was exported from.")
+@click.option("--against", required=True, metavar="MODEL", help="The model that it was exported from.")
 @click.option(
     "--tokens",
     type=click.IntRange(1),
@@ -113,7 +116,7 @@ def coreml(
     help="Length of the text to compare on.",
 )
 @click.pass_context
-def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None) -> None:
+def verify(ctx: click.Context, package: Path, against: str, tokens: int | None) -> None:
     """Compare PACKAGE, a Core ML package or a bundle for Core AI, with the model it was exported from.
 
     A bundle runs in Core AI's own runtime, on Linux too; the exit status is 1 if it is beyond a bound.
@@ -124,7 +127,7 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
     exported with --separate, PACKAGE is the name without -decode or -prefill.
     """
     if is_bundle(package):
-        verify_bundle(ctx, package, against, tokens)
+        verify_bundle(ctx, package, existing(against, needs_tokenizer=False), tokens)
         return
     from ..export.mil import require_coremltools
 
@@ -132,7 +135,7 @@ def verify(ctx: click.Context, package: Path, against: Path, tokens: int | None)
     from ..export.verify import Refusal, verify
 
     with Progress("comparing") as progress:
-        comparisons = verify(package, against, tokens=tokens or 160, progress=progress)
+        comparisons = verify(package, existing(against, needs_tokenizer=False), tokens=tokens or 160, progress=progress)
     for found in comparisons:
         if isinstance(found, Refusal):
             click.echo(f"{found.where}: refused: {found.reason}")

@@ -15,7 +15,7 @@ import click
 from ..backends.cpu import library
 from ..errors import TTTError
 from ..files import output_file
-from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Progress, only_the_first_shows
+from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Named, Progress, model_options, only_the_first_shows
 from .notes import Notes
 from .sampling import learning_option, make_sampler, sampling_options
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
-@click.option("--model", metavar="DIR", help="A model directory, or org/name on the Hub; the bundled model by default.")
+@model_options
 @click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from stdin.")
 @click.option("--prompt-file", metavar="FILE", help="A file that holds the text to continue.")
 @click.option("--max-tokens", "-m", default=256, type=click.IntRange(-1), help="Stop after N tokens; -1: no limit.")
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 )
 @click.option("--verbose", "-v", is_flag=True, help="Show speed, memory and size of the state on stderr.")
 def generate(
-    model: str | None,
+    model: Named,
     prompt: str | None,
     prompt_file: str | None,
     max_tokens: int,
@@ -102,7 +102,7 @@ def generate(
             output_file(save_state)  # fails now rather than after an hour of reading
         if seed is not None:
             mx.random.seed(seed)
-        network, tokenizer = load(model, group=group)
+        network, tokenizer = load(model.directory(), group=group)
         writer = _Writer(network, tokenizer, verbose, learning, notes)
         draft = None if draft_model is None else _draft_model(draft_model, num_draft_tokens, writer)
         before = None if load_state is None else states.load_state(load_state, network, tokenizer)
@@ -194,7 +194,7 @@ def _draft_model(path: str, num_draft_tokens: int, writer: _Writer) -> Model:
     from ..loading import load
     from ..text.decoding import most_draft_tokens
 
-    draft, tokenizer = load(path)
+    draft, tokenizer = load(Named(path).directory())
     same_size = draft.args.vocab_size == writer.model.args.vocab_size
     if not same_size or tokenizer.get_vocab() != writer.tokenizer.get_vocab():
         raise TTTError(f"--draft-model {path}: has another vocabulary than the model; both must have the same")

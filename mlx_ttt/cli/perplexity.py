@@ -14,7 +14,7 @@ import click
 
 from ..errors import OutputError, TTTError
 from ..files import output_file, written_whole
-from .command import CONTEXT, Command, Progress, Rows, show_table, text_of
+from .command import CONTEXT, Command, Named, Progress, Rows, model_options, show_table, text_of
 from .mlx_lm import MLXLM
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Perplexity(Command):
 
 
 @click.command(cls=Perplexity, context_settings=CONTEXT)
-@click.option("--model", metavar="DIR", help="A model directory, or org/name on the Hub; the bundled model by default.")
+@model_options
 @click.option("--text", metavar="FILE", help="The text, in UTF-8.")
 @click.option(
     "--reset",
@@ -60,7 +60,7 @@ class Perplexity(Command):
 @click.option("--plot", metavar="PNG", help="Draw that as a figure.")
 @click.option("--needle", is_flag=True, help="Put a made-up name and number into the text, and ask for it later.")
 def perplexity(
-    model: str | None, text: str | None, reset: tuple[int, ...], by_position: bool, plot: str | None, needle: bool
+    model: Named, text: str | None, reset: tuple[int, ...], by_position: bool, plot: str | None, needle: bool
 ) -> None:
     """Measure how well a model predicts a text that it reads in one pass.
 
@@ -83,7 +83,7 @@ def perplexity(
     from ..text.tokenizer import encode_long
     from ..training.needle import DISTANCES, needle_test
 
-    network, tokenizer = load(model)
+    network, tokenizer = load(model.directory())
     ids = encode_long(tokenizer, content)
     if len(ids) < 2:
         raise TTTError(f"{text}: too short: it has {len(ids)} tokens, and the first one is not predicted")

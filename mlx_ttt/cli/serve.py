@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from ..errors import TTTError
-from .command import CONTEXT, INTERRUPTED, Command
+from .command import CONTEXT, INTERRUPTED, Command, Named, tokenizer_option
 
 _GIGABYTE = 10**9
 _MEGABYTE = 10**6
@@ -27,6 +27,7 @@ _SECONDS = click.FloatRange(0.1, 1e6)
     help="A model directory, or org/name on the Hub; the bundled model by default. Several models: give it several"
     " times.",
 )
+@tokenizer_option
 @click.option("--host", default="127.0.0.1", help="Where to listen. Other machines reach 0.0.0.0, not 127.0.0.1.")
 @click.option("--port", default=8080, type=click.IntRange(0, 65535), help="0: any that is free.")
 @click.option("--api-key", envvar="MLX_TTT_API_KEY", metavar="KEY", help="What clients must send as bearer token.")
@@ -58,6 +59,7 @@ _SECONDS = click.FloatRange(0.1, 1e6)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
 def serve(
     models: tuple[str, ...],
+    tokenizer: str | None,
     api_key: str | None,
     cors_origin: tuple[str, ...],
     states_quota: float,
@@ -86,6 +88,7 @@ def serve(
     logging.getLogger("mlx_ttt.serve").setLevel(options["log_level"])
     settings = Settings(
         models=models or (None,),
+        find=lambda name: Named(name, tokenizer).directory(),
         host=options["host"],
         port=options["port"],
         key=api_key,

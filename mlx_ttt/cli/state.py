@@ -15,7 +15,7 @@ import click
 
 from ..errors import StateError, TTTError
 from ..files import output_file
-from .command import CONTEXT, Command, Group, Rows, show_table
+from .command import CONTEXT, Command, Group, Named, Rows, model_options, show_table
 
 if TYPE_CHECKING:
     from ..learning.states import Distance
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 _BAR = 20  # characters of the longest
 _DIGITS = 16  # shown of a fingerprint
 
-_model = click.option(
-    "--model",
-    metavar="DIR",
-    help="The model that made the state: a directory, or org/name; the bundled one by default.",
-)
 _output = click.option("--output", "-o", "out", required=True, metavar="FILE", help="Where the new state is saved.")
 _json = click.option("--json", "as_json", is_flag=True, help="Write JSON, with the figures of each head.")
 _layers = click.option("--layers", metavar="LIST", help="Of these layers only, such as 4-7 or 0,2; all by default.")
@@ -52,9 +47,9 @@ _command = functools.partial(state.command, cls=Command, context_settings=CONTEX
 
 @_command()
 @click.argument("file")
-@_model
+@model_options
 @_json
-def show(file: str, model: str | None, as_json: bool) -> None:
+def show(file: str, model: Named, as_json: bool) -> None:
     """Show what a state has learned.
 
     That is how far its weights have come from the start of the text, by layer, also as a part of the start weights.
@@ -82,9 +77,9 @@ def show(file: str, model: str | None, as_json: bool) -> None:
 @_command()
 @click.argument("a")
 @click.argument("b")
-@_model
+@model_options
 @_json
-def diff(a: str, b: str, model: str | None, as_json: bool) -> None:
+def diff(a: str, b: str, model: Named, as_json: bool) -> None:
     """Show how far two states are apart.
 
     That is the distance of their weights, by layer, beside how far each of them has come from the start of its text.
@@ -186,8 +181,8 @@ def _fingerprint(network: Model, tokenizer: Any) -> str:
 @click.option("--weight", required=True, type=float, help="Of B: 0 is A, 1 is the text of A with what B has learned.")
 @click.option("--extrapolate", is_flag=True, help="Allow a weight below 0 or above 1.")
 @_output
-@_model
-def blend(a: str, b: str, weight: float, extrapolate: bool, out: str, model: str | None) -> None:
+@model_options
+def blend(a: str, b: str, weight: float, extrapolate: bool, out: str, model: Named) -> None:
     """Mix what two states have learned.
 
     The new state goes on with the text of A. Its weights are between those of A and those of B.
@@ -205,8 +200,8 @@ def blend(a: str, b: str, weight: float, extrapolate: bool, out: str, model: str
 @_layers
 @_heads
 @_output
-@_model
-def swap(a: str, b: str, layers: str | None, heads: str | None, out: str, model: str | None) -> None:
+@model_options
+def swap(a: str, b: str, layers: str | None, heads: str | None, out: str, model: Named) -> None:
     """Take some layers and heads from another state.
 
     The new state goes on with the text of A. In these layers and heads it has learned what B has learned.
@@ -222,8 +217,8 @@ def swap(a: str, b: str, layers: str | None, heads: str | None, out: str, model:
 @_layers
 @_heads
 @_output
-@_model
-def reset(file: str, layers: str | None, heads: str | None, out: str, model: str | None) -> None:
+@model_options
+def reset(file: str, layers: str | None, heads: str | None, out: str, model: Named) -> None:
     """Take back what some layers and heads have learned.
 
     The new state goes on with the same text. In these layers and heads, nothing has been learned from it.
@@ -238,8 +233,8 @@ def reset(file: str, layers: str | None, heads: str | None, out: str, model: str
 @click.argument("file")
 @click.option("--factor", required=True, type=float, help="0 is nothing learned, 1 what was learned, 2 twice as much.")
 @_output
-@_model
-def scale(file: str, factor: float, out: str, model: str | None) -> None:
+@model_options
+def scale(file: str, factor: float, out: str, model: Named) -> None:
     """Weaken or strengthen what was learned.
 
     The new state goes on with the same text. How far its weights have come from the start is multiplied.
@@ -252,8 +247,8 @@ def scale(file: str, factor: float, out: str, model: str | None) -> None:
 @_command()
 @click.argument("file")
 @_output
-@_model
-def freeze(file: str, out: str, model: str | None) -> None:
+@model_options
+def freeze(file: str, out: str, model: Named) -> None:
     """Make a state that learns nothing more.
 
     The new state goes on with the same text, with all that was learned from it.
@@ -263,7 +258,7 @@ def freeze(file: str, out: str, model: str | None) -> None:
     _make(out, model, (file,), states.freeze)
 
 
-def _make(out: str, model: str | None, files: tuple[str, ...], operation: Callable[..., TextState]) -> None:
+def _make(out: str, model: Named, files: tuple[str, ...], operation: Callable[..., TextState]) -> None:
     """Save what an operation makes of the states in some files."""
     from ..text.state import save_state
 
@@ -283,12 +278,12 @@ def _check_finite(made: TextState, out: str) -> None:
             raise StateError(f"{out}: not saved, since layer {i} would not be finite; `state reset` can make it new")
 
 
-def _opened(model: str | None, *files: str) -> tuple[Model, Any, list[TextState]]:
+def _opened(model: Named, *files: str) -> tuple[Model, Any, list[TextState]]:
     """The model, its tokenizer, and the states in some files."""
     from ..loading import load
     from ..text.state import load_state
 
-    network, tokenizer = load(model)
+    network, tokenizer = load(model.directory())
     return network, tokenizer, [load_state(file, network, tokenizer) for file in files]
 
 

@@ -11,7 +11,7 @@ import click
 
 from ..errors import TTTError
 from ..network.inner import INNER_MODELS
-from .command import CONTEXT, INTERRUPTED, Command, Interrupt, only_the_first_shows
+from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Named, only_the_first_shows
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,11 +29,12 @@ _TINY_VOCABULARY = 2_048
     "--preset", type=click.Choice(["tiny", "125m", "350m", "760m", "1.3b"]), help="Train a new model: its size."
 )
 @click.option("--layer", type=click.Choice(list(INNER_MODELS)), show_default="linear", help="Its TTT layers.")
-@click.option("--from", "source", metavar="MODEL", help="Or train on from a model directory, or org/name on the Hub.")
+@click.option("--from", "source", metavar="MODEL", help="Or train on from a model directory, or ORG/NAME on the Hub.")
 @click.option(
     "--tokenizer",
     metavar="FILE",
-    help="A new model's tokenizer; by default one is trained on the data, by SentencePiece.",
+    help="A new model's tokenizer; by default one is trained on the data, by SentencePiece. Or that of a repository"
+    " without one: a file or folder, or ORG/NAME.",
 )
 @click.option(
     "--vocab-size",
@@ -160,7 +161,7 @@ def _with_defaults(given: dict[str, Any]) -> Options:
         )
     if not given["data"]:
         raise TTTError("no data: give --data PATH, a text file, a .jsonl file or a folder of them")
-    for name in ("layer", "tokenizer", "vocab_size"):
+    for name in ("layer", "vocab_size"):
         if source is not None and given[name] is not None:
             raise TTTError(f"--{name.replace('_', '-')} is for a new model: a model that is trained on has its own")
     if given["tokenizer"] is not None and given["vocab_size"] is not None:
@@ -169,6 +170,7 @@ def _with_defaults(given: dict[str, Any]) -> Options:
     from ..training.presets import FROM_MODEL, PRESETS
     from ..training.run import Options
 
+    Named(source, given["tokenizer"] if preset is None else None).directory()  # says how a download goes
     defaults = FROM_MODEL if preset is None else PRESETS[preset].defaults
     chosen = {name: value for name, value in given.items() if value is not None}
     steps = chosen.get("steps", defaults.steps)

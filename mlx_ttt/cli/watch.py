@@ -12,14 +12,14 @@ import click
 
 from ..errors import OutputError, TTTError
 from ..files import output_file, written_whole
-from .command import CONTEXT, Command, Progress, text_of
+from .command import CONTEXT, Command, Named, Progress, model_options, text_of
 
 MOST_BYTES = 64 << 20  # of a text: more tokens than a page can hold
 
 
 @click.command(cls=Command, context_settings=CONTEXT)
 @click.argument("text_file", required=False)
-@click.option("--model", metavar="DIR", help="A model directory, or org/name on the Hub; the bundled model by default.")
+@model_options
 @click.option("--output", "-o", "out", metavar="FILE", help="Where the page is written: FILE.html.")
 @click.option("--title", help="The title of the page; by default the name of the text.")
 @click.option(
@@ -36,7 +36,7 @@ MOST_BYTES = 64 << 20  # of a text: more tokens than a page can hold
 @click.option("--port", default=8030, type=click.IntRange(0, 65535), help="0: any that is free.")
 def watch(
     text_file: str | None,
-    model: str | None,
+    model: Named,
     out: str | None,
     title: str | None,
     reset: int | None,
@@ -67,14 +67,14 @@ def watch(
 # ---- A file ----------------------------------------------------------------------------------------------------------
 
 
-def _write(text: str, text_file: str, title: str, how: tuple[str | None, int | None], out: Path) -> None:
+def _write(text: str, text_file: str, title: str, how: tuple[Named, int | None], out: Path) -> None:
     from ..loading import load
     from ..text.tokenizer import encode_long
     from ..watch.page import Subject, report
     from ..watch.reading import MOST_TOKENS, read_text
 
     model, reset = how
-    network, tokenizer = load(model)
+    network, tokenizer = load(model.directory())
     ids = encode_long(tokenizer, text)
     if len(ids) > MOST_TOKENS:
         raise TTTError(f"{text_file}: {len(ids)} tokens, and a page holds {MOST_TOKENS}: cut the text")
@@ -116,7 +116,7 @@ def _replace(path: Path, content: bytes) -> None:
 # ---- Live ------------------------------------------------------------------------------------------------------------
 
 
-def _serve(text: str | None, title: str, model: str | None, at: tuple[str, int]) -> None:
+def _serve(text: str | None, title: str, model: Named, at: tuple[str, int]) -> None:
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise TTTError(f"--serve needs {' and '.join(missing)}: pip install 'mlx-ttt[serve]'")
 
@@ -131,7 +131,7 @@ def _serve(text: str | None, title: str, model: str | None, at: tuple[str, int])
     with listen(host, port) as listener:  # fails before the model is loaded
 
         def make_session(publish: Callable[[Event], None]) -> tuple[Session, str]:
-            network, tokenizer = load(model)
+            network, tokenizer = load(model.directory())
             page = live_page(Subject.of(title, network), {"resetEvery": RESET})
             return Session(network, tokenizer, publish), page
 

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..files import check_format
 from ..network.model import Model
 from ..text.state import fingerprint
 from .functions import SIGNALS, Options
 from .layout import StateLayout
 
-FORMAT = "1"
+FORMAT = 1
 PREFIX = "com.mlx-ttt."
 NAME = "co.huggingface.exporters.name"
 TEXTS = ("format", "model", "state_mode", "weights", "compute")  # their values are text; those of the others are JSON
@@ -32,7 +33,7 @@ def facts(model: Model, options: Options, ids: Mapping[str, Any], how: Mapping[s
     """
     args = model.args
     entries = {
-        "format": FORMAT,
+        "format": str(FORMAT),
         "model": fingerprint(model),
         "mini_batch_size": args.mini_batch_size,
         "prefill_tokens": options.prefill_tokens or args.mini_batch_size,
@@ -47,14 +48,16 @@ def facts(model: Model, options: Options, ids: Mapping[str, Any], how: Mapping[s
     return {PREFIX + key: value if key in TEXTS else json.dumps(value) for key, value in entries.items()}
 
 
-def read_facts(given: Mapping[str, str]) -> dict[str, Any]:
-    """What `facts` wrote, by key without the prefix.
+def read_facts(given: Mapping[str, str], package: Path) -> dict[str, Any]:
+    """What `facts` wrote into a package, by key without the prefix.
 
     Raises:
-        ValueError: this is not of our format.
+        CheckpointError: its format is newer.
+        ValueError: this is not ours.
     """
-    if given.get(PREFIX + "format") != FORMAT:
-        raise ValueError("another format")
+    if PREFIX + "format" not in given:
+        raise ValueError("not ours")
+    check_format(package, given[PREFIX + "format"], FORMAT, CheckpointError)
     found = {key.removeprefix(PREFIX): value for key, value in given.items() if key.startswith(PREFIX)}
     return {key: value if key in TEXTS else json.loads(value) for key, value in found.items()}
 

@@ -9,7 +9,7 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,7 @@ class Settings:
 
     Attributes:
         models: NAME=DIR, or DIR, whose name is its last part.
+        find: the directory of what is given as DIR, which can be a repository.
         chat_template: a file with a chat template, for models that have none.
         states: the folder of saved states; None: none are kept.
         quota: bytes of all saved states of a model.
@@ -41,6 +42,7 @@ class Settings:
     """
 
     models: Sequence[str | None] = (None,)
+    find: Callable[[str | None], Path | str | None] = lambda name: name
     host: str = "127.0.0.1"
     port: int = 8080
     key: str | None = None
@@ -88,7 +90,7 @@ def _named(given: str | None) -> tuple[str, str | None]:
 
 
 def _engine(settings: Settings, name: str, path: str | None, metrics: Metrics) -> Engine:
-    model, tokenizer = load(path)
+    model, tokenizer = load(settings.find(path))
     states = None
     if settings.states is not None:
         folder = settings.states / re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".")

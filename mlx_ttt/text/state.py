@@ -18,13 +18,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint.safetensors import read_safetensors
 from ..errors import CheckpointError, OutputError, PromptError, StateError
-from ..files import output_file, written_whole
+from ..files import check_format, output_file, written_whole
 from ..network.cache import TTTCache
 from ..network.learning_scale import Scale
 from ..network.model import Model
 from ..network.rewind import RewindableTTTCache
 from .tokenizer import encode
 
+FORMAT = 2  # of a saved state that is frozen, learns at another rate or can take tokens back; of all others 1
 PREFILL_STEP_SIZE = 512  # tokens per call of the model while a prompt is read; bounds the memory
 CONTEXT_TOKENS = 8  # kept for the detokenizer: more tokens than a UTF-8 character has bytes
 EARLIER_BUNDLED = {  # fingerprints of bundled models that have been replaced, and the last version that had each
@@ -200,7 +201,7 @@ def save_state(file: str | Path, state: TextState, model: Model, tokenizer: Toke
         text["learning"] = json.dumps(state.learning)
     metadata = {
         **text,
-        "mlx_ttt": "1" if is_first_version else "2",
+        "mlx_ttt": "1" if is_first_version else str(FORMAT),
         "fingerprint": fingerprint(model, tokenizer),
         "digest": _digest(dict(tree_flatten([c.state for c in state.cache])), text),
     }
@@ -224,8 +225,9 @@ def load_state(file: str | Path, model: Model, tokenizer: TokenizerWrapper) -> T
         loaded: Any = mx.load(str(file), format="safetensors", return_metadata=True)
         arrays, metadata = loaded
         saved = {name.removeprefix("0."): value for name, value in metadata.items() if name.startswith("0.")}
-        if saved.get("mlx_ttt") not in ("1", "2"):
-            raise StateError(f"{file}: not a state that --save-state wrote, or one of a newer version of this package")
+        if "mlx_ttt" not in saved:
+            raise StateError(f"{file}: not a state that --save-state wrote")
+        check_format(file, saved["mlx_ttt"], FORMAT, StateError)
         if saved["fingerprint"] != fingerprint(model, tokenizer):
             raise StateError(f"{file}: this state was made with {_maker(saved['fingerprint'])}")
         text = {name: saved[name] for name in ("tokens", "learning") if name in saved}

@@ -25,8 +25,10 @@ from ..checkpoint.safetensors import read_safetensors, write_safetensors
 from ..checkpoint.tensor import Tensor
 from ..checkpoint.untrusted import read_json
 from ..errors import CheckpointError, OutputError
+from ..files import check_format
 from ..network.cache import TTTCache
 
+FORMAT = 1
 Arrays = dict[str, mx.array]
 Caches = list[TTTCache]
 
@@ -75,6 +77,7 @@ def save(folder: Path, state: State, about: Mapping[str, Any]) -> None:
         }
         files: dict[str, Arrays] = {_WEIGHTS: state.weights, _OPTIMIZER: state.optimizer, _CARRIED: carried}
         content = {
+            "format": FORMAT,
             "step": state.step,
             "random": state.random,
             "offsets": {row: [c.offset[0] for c in caches] for row, caches in state.carried.items()},
@@ -100,7 +103,7 @@ def load(folder: Path) -> tuple[State, dict[str, Any]]:
     newest = _newest(folder)
     for left_behind in folder.glob(".*.partial"):
         _remove(left_behind)
-    content = read_json(newest / _STATE)
+    content = _read_state(newest)
     weights, optimizer, carried = (_read_arrays(newest / name) for name in (_WEIGHTS, _OPTIMIZER, _CARRIED))
     try:
         offsets = {int(row): offsets for row, offsets in content["offsets"].items()}
@@ -116,7 +119,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return read_json(_newest(folder) / _STATE)["about"]
+    try:
+        return _read_state(newest := _newest(folder))["about"]
+    except KeyError:
+        raise CheckpointError(f"{newest / _STATE}: damaged") from None
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    """What is not an array. The first checkpoints, of the time before 0.2.0, say no format."""
+    content = read_json(checkpoint / _STATE)
+    check_format(checkpoint / _STATE, content.get("format", 1), FORMAT, CheckpointError)
+    return content
 
 
 def _newest(folder: Path) -> Path:

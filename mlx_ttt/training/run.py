@@ -24,10 +24,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..checkpoint.by_name import model_directory
 from ..checkpoint.config import Config, read_config, written_config
 from ..checkpoint.directory import CONFIG, MODEL_FILE, MODEL_FILE_TEXT, WEIGHTS, write_config
 from ..checkpoint.folder import check_place, complete_folder
-from ..checkpoint.hub import locate
 from ..checkpoint.tokenizer import write_tokenizer
 from ..errors import OutputError, TokenizerError, TrainingError
 from ..loading import load_model
@@ -52,7 +52,7 @@ class Options:
     source: str | None  # the model that it starts from
     preset: str | None  # or the size of a new one
     layer: str | None
-    tokenizer: str | None  # of a new model; None: trained on the data
+    tokenizer: str | None  # of a new model; None: trained on the data; or of a repository that has none
     vocab_size: int | None
     data: list[str]
     held_out: list[str]  # none: the end of the data
@@ -114,7 +114,7 @@ def begin(out: Path, options: Options) -> None:
     check_place(out, overwrite=False)
     with tempfile.TemporaryDirectory() as folder:
         stage = Path(folder)
-        model = _new_model(options, stage) if options.source is None else _given_model(options.source, stage)
+        model = _new_model(options, stage) if options.source is None else _given_model(options, stage)
         batches, _ = _read_data(options, stage)  # it may be bad: then nothing is made
         weights = {name: w.astype(mx.float32) for name, w in dict(tree_flatten(model.parameters())).items()}
         mx.random.seed(options.seed)
@@ -130,9 +130,11 @@ def begin(out: Path, options: Options) -> None:
             checkpoint.save(new / CHECKPOINTS, start, _about(options, batches.fingerprint, evaluated=-1, best=None))
 
 
-def _given_model(source: str, stage: Path) -> Model:
+def _given_model(options: Options, stage: Path) -> Model:
     """Load the model to train on from, and write its config and tokenizer."""
-    path = locate(source).path
+    source = options.source
+    assert source is not None
+    path = model_directory(source, tokenizer=options.tokenizer)
     config = read_config(path / CONFIG)
     if config.quantization():
         raise TrainingError(f"{source}: its weights are quantized; first run `convert.py mlx --dequantize`")

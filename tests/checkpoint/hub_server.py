@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
@@ -20,14 +21,18 @@ class Hub:
         repos: by name and revision (a commit or "main"), the content of each file by its path.
         gated: names of repositories that nobody may read.
         requests: what came in, "METHOD /path".
-        broken: answer everything with status 500.
+        status: answer everything with this HTTP status.
+        cuts: for a file's path, after how many bytes the connection breaks, for each time that it is asked for.
+        damaged: paths of files that arrive with a wrong byte.
     """
 
     def __init__(self):
         self.repos: dict[str, dict[str, dict[str, bytes]]] = {}
         self.gated: set[str] = set()
         self.requests: list[str] = []
-        self.broken = False
+        self.status: int | None = None
+        self.cuts: dict[str, list[int]] = {}
+        self.damaged: set[str] = set()
         self.stored: dict[str, bytes] = {}  # large files by their SHA-256
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -56,6 +61,17 @@ class Hub:
         return {request.rsplit("/", 1)[1] for request in self.requests if "/resolve/" in request}
 
 
+def hashes(path: str, data: bytes) -> dict:
+    """What the Hub says of a file: git's hash of it; of a large one, that of its pointer and the SHA-256."""
+    if not path.endswith((".safetensors", ".bin", ".pt", ".model")) and "streaming" not in path:
+        return {"oid": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()}
+    sha256 = hashlib.sha256(data).hexdigest()
+    return {
+        "oid": hashlib.sha1(sha256.encode()).hexdigest(),
+        "lfs": {"oid": sha256, "size": len(data), "pointerSize": 134},
+    }
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
@@ -80,11 +96,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body()
         path = self.path.partition("?")[0]
         self.hub.requests.append(f"{self.command} {path}")
-        if self.hub.broken:
-            return self.answer(500, {"error": "the Hub has a bad day"})
+        if self.hub.status is not None:
+            return self.answer(self.hub.status, {"error": "the Hub has a bad day"})
         for method, pattern, action in self.routes:
             if self.command in method and (match := re.fullmatch(pattern, path)):
-                return action(self, body, **match.groupdict())
+                return action(
+                    self, body, **{name: value and unquote(value) for name, value in match.groupdict().items()}
+                )
         return self.answer(404, {"error": f"no {self.command} {path} here"})
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
@@ -126,9 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def tree(self, _, repo: str, revision: str) -> None:
         if (files := self.files(repo, revision)) is not None:
-            sha1 = {path: hashlib.sha1(data).hexdigest() for path, data in files.items()}
             entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": sha1[path]} for path, data in files.items()
+                {"type": "file", "path": path, "size": len(data)} | hashes(path, data) for path, data in files.items()
             ]
             self.answer(200, entries)
 
@@ -140,8 +157,25 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(403, {"error": "Access is restricted"}, X_Error_Code="GatedRepo")
         if path not in files:
             return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-        etag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
-        self.answer(200, files[path], ETag=etag, X_Repo_Commit=self.hub.commit(repo, revision))
+        data, found = files[path], hashes(path, files[path])
+        etag = found["lfs"]["oid"] if "lfs" in found else found["oid"]
+        start = int(re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        more = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        if path in self.hub.damaged:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self.send_file(path, data[start:], ETag=f'"{etag}"', X_Repo_Commit=self.hub.commit(repo, revision), **more)
+
+    def send_file(self, path: str, data: bytes, **headers: str) -> None:
+        cuts = self.hub.cuts.get(path)
+        if not cuts or self.command == "HEAD":
+            return self.answer(206 if "Content_Range" in headers else 200, data, **headers)
+        self.send_response(206 if "Content_Range" in headers else 200)
+        self.send_header("Content-Length", str(len(data)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(data[: cuts.pop(0)])
+        self.close_connection = True
 
     # ------------------------------------------------------------------------------------------------- writing
 

@@ -330,8 +330,9 @@ def play(shakespeare_dir) -> str:
 
 
 @pytest.mark.slow
-def test_good_and_bad_requests_and_clients_that_leave(directory, tmp_path, play):
-    good, bad, _ = soak(directory, tmp_path / "log", play, seconds=15)
+def test_a_minute_of_good_and_bad_requests(directory, tmp_path, play):
+    """The form of the soak that CI runs; memory needs longer to be flat."""
+    good, bad, _ = soak(directory, tmp_path / "log", play, seconds=60)
     assert min(good, bad) > 0
 
 

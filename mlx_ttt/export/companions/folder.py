@@ -23,6 +23,7 @@ from ...text.tokenizer import encode, load_tokenizer
 from ...version import __version__
 from .tokenizer import Json, write_tokenizer
 
+SOURCE_FORMAT = 1  # of source.safetensors
 _ROOM = Path(__file__).parent
 
 _FILES = {
@@ -109,7 +110,7 @@ def write_source(file: Path, model: Model, tokenizer: Any) -> None:
         for i, layer in enumerate(model.layers)
         for name in model.args.inner_model.weight_names
     }
-    metadata = {"fingerprint": fingerprint(model, tokenizer), "model": fingerprint(model)}
+    metadata = {"format": str(SOURCE_FORMAT), "fingerprint": fingerprint(model, tokenizer), "model": fingerprint(model)}
     mx.save_safetensors(str(file), weights, metadata)
 
 

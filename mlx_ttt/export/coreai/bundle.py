@@ -200,7 +200,7 @@ def read_bundle(path: Path) -> Bundle:
     content = read_json(path / "metadata.json")
     try:
         asset = path / Path(content["assets"]["main"]).name
-        facts = metadata.read_facts(content["user_data"])
+        facts = metadata.read_facts(content["user_data"], path)
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: not a bundle that this version of `convert.py coreai` makes") from None
     try:

@@ -105,7 +105,7 @@ def read_metadata(package: Path) -> dict[str, Any]:
     except Exception as error:  # whatever protobuf makes of a damaged file
         raise CheckpointError(f"{package}: cannot be read as a Core ML package") from error
     try:
-        return read_facts(given)
+        return read_facts(given, package)
     except ValueError:
         raise CheckpointError(f"{package}: not a package that this version of `convert.py coreml` makes") from None
 

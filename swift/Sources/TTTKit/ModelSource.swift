@@ -16,9 +16,11 @@ public struct ModelSource: Sendable, Equatable {
         self.startWeights = startWeights
     }
 
-    /// - Throws: `TTTError.unreadableFile`.
+    /// - Throws: `TTTError.unreadableFile`; `.formatVersion` if a newer version of mlx-ttt wrote it.
     public init(contentsOf file: URL) throws {
         let arrays = try Safetensors(contentsOf: file)
+        let format = Int(arrays.metadata["format"] ?? "1") ?? 0  // the first ones say none
+        guard format == 1 else { throw TTTError.formatVersion(format) }
         guard let fingerprint = arrays.metadata["fingerprint"], let model = arrays.metadata["model"] else {
             throw TTTError.unreadableFile(file.lastPathComponent, "it names no model")
         }

@@ -41,6 +41,9 @@ enum StateFile {
         guard let file = try? Safetensors(data) else { throw TTTError.notAState }
         let metadata = file.metadata
         guard let version = metadata["0.mlx_ttt"] else { throw TTTError.notAState }
+        guard ["1", "2"].contains(version) else {
+            throw TTTError.unsupported("The state was saved by a newer version of mlx-ttt; update the Swift package")
+        }
         guard version == self.version else {
             throw TTTError.unsupported(
                 "The state is frozen, learns at another rate, or can take tokens back, which is not known here; save "

@@ -61,6 +61,26 @@ final class StateFileTests: XCTestCase {
             XCTAssertEqual($0 as? TTTError, .notAState)
         }
     }
+
+    func testRefusesWhatANewerVersionWrote() throws {
+        let state = SafetensorsWriter(metadata: ["0.mlx_ttt": "3"])
+        XCTAssertThrowsError(try StateFile.decoded(state.encoded())) { error in
+            XCTAssertTrue(error.localizedDescription.contains("newer version"), error.localizedDescription)
+        }
+        let source = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID()).safetensors")
+        defer { try? FileManager.default.removeItem(at: source) }
+        for (format, refused) in [("2", true), ("x", true), ("1", false)] {
+            let written = SafetensorsWriter(metadata: ["fingerprint": "a", "model": "b", "format": format])
+            try written.encoded().write(to: source)
+            if refused {
+                XCTAssertThrowsError(try ModelSource(contentsOf: source)) { error in
+                    XCTAssertEqual(error as? TTTError, .formatVersion(Int(format) ?? 0))
+                }
+            } else {
+                XCTAssertNoThrow(try ModelSource(contentsOf: source))
+            }
+        }
+    }
 }
 
 final class SHA256Tests: XCTestCase {
