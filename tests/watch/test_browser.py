@@ -107,6 +107,12 @@ def is_in_sight(page, i: int) -> bool:
     return pane["y"] <= box["y"] and box["y"] + box["height"] <= pane["y"] + pane["height"]
 
 
+def test_the_head_of_the_page(page, reading):
+    assert number(page.locator(".gain").inner_text()) == pytest.approx(reading.gain, rel=0.05)  # two digits
+    header, tools = (page.locator(name).bounding_box() for name in ("header", ".tools"))
+    assert header["height"] < 100 and tools["x"] > 1000  # in one row
+
+
 def test_hovering_shows_a_tokens_numbers(page, reading):
     figures = reading.figures
     for i in (3, 17):

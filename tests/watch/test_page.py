@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -74,6 +75,13 @@ def test_all_values_are_in_it(made):
     np.testing.assert_array_equal(np.frombuffer(block(page, "drift"), "<f4"), seen.drift.ravel())
     lengths = np.frombuffer(block(page, "lengths"), "<u2")
     assert lengths.tolist() == [len(text.encode("utf-16-le")) // 2 for text in seen.texts]
+
+
+def test_what_is_no_number_is_not_in_it():
+    """JSON has none, so the page would not open."""
+    seen = replace(reading(4), gain=float("nan"), gain_half_width=float("nan"))
+    facts = re.search('id="about">(.*?)</script>', report(seen, SUBJECT), re.S)[1]
+    assert "NaN" not in facts and json.loads(facts)["gain"] is None
 
 
 def test_a_text_stays_a_text(made):
