@@ -105,6 +105,7 @@ def test_it_loads_nothing_and_runs_only_its_own_program(made, live):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy.startswith("default-src 'none'; ") and f"script-src 'sha256-{digest}';" in policy
     assert policy.endswith("connect-src 'self'" if live else "connect-src 'none'")
+    assert "base-uri 'none'; form-action 'none'; " in policy
     outside = set(re.findall(r"https?://[^\s\"'<]*", page)) - {"http://www.w3.org/2000/svg"}
     assert not outside and not re.search(
         r"""\bsrc=|<link|@import|url\(|innerHTML|insertAdjacentHTML|\beval\b""", script

@@ -108,8 +108,9 @@ function showSummary(view) {
     find(".tokens").textContent = count(view.reading.length);
     find(".mean-surprisal").textContent = figure(view.reading.measures.surprisal.mean());
     const drift = view.reading.drift.at(-1).layers;
-    find(".most-drift").textContent = `${figure(100 * Math.max(...drift))} %`;
-    find(".most-drift-layer").textContent = `of its start weights: layer ${drift.indexOf(Math.max(...drift))} moved most`;
+    const most = Math.max(...drift);
+    find(".most-drift").textContent = `${figure(100 * most)} %`;
+    find(".most-drift-layer").textContent = most ? `of its start weights: layer ${drift.indexOf(most)} moved most` : "";
     const gain = find(".gain");
     const { reset, measures } = view.reading;
     const known = reset.length > 1;
