@@ -15,7 +15,7 @@ import click
 
 from ..errors import TTTError
 from .command import CONTEXT, INTERRUPTED, Command, Interrupt, Named, Progress, model_options, one_line, styled
-from .sampling import learning_option, make_sampler, sampling_options
+from .sampling import MOST_LEARNING, learning_option, make_sampler, sampling_options
 
 if TYPE_CHECKING:
     from ..network.model import Model
@@ -190,15 +190,13 @@ class _Chat:
         click.echo(f"the weights have moved by {', '.join(f'{x:.1%}' for x in layers)} (layer by layer)")
 
     def learn(self, value: str | None = None) -> None:
-        import math
-
         if value is not None:
             try:
                 number = float({"on": "1", "off": "0"}.get(value, value))
             except ValueError:
-                number = math.nan
-            if not (math.isfinite(number) and number >= 0):
-                raise TTTError(f"/learn {value}: expected on, off or a number, 0 or more")
+                number = -1
+            if not 0 <= number <= MOST_LEARNING:  # which NaN is not, either
+                raise TTTError(f"/learn {value}: expected on, off or a number from 0 to {MOST_LEARNING}")
             self.learning = number
         click.echo(f"learning {self._learning:g}")
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
 F = TypeVar("F", bound=Callable[..., Any])
+MOST_LEARNING = 100  # as on the server
 LEAST_TEMPERATURE = 1e-5  # below it, logits divided by the temperature overflow; the best token always wins there
 
 
@@ -45,7 +46,7 @@ _SAMPLING = (
 
 learning_option = click.option(
     "--learning",
-    type=click.FloatRange(0),
+    type=click.FloatRange(0, MOST_LEARNING),
     callback=_finite,
     help="How much the model learns from what it reads and writes; 0: nothing, 2: twice as much. By default 1, or what"
     " the loaded state says.",

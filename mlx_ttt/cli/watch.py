@@ -55,7 +55,7 @@ def watch(
     if serve:
         if out is not None or reset is not None:
             raise TTTError("--serve shows the page live: leave out --output and --reset")
-        _serve(text, name, model, (host, port))
+        _serve(text, text_file, (model, name), (host, port))
         return
     if text is None or text_file is None:
         raise TTTError("no text: give a TEXT_FILE, or --serve")
@@ -116,22 +116,26 @@ def _replace(path: Path, content: bytes) -> None:
 # ---- Live ------------------------------------------------------------------------------------------------------------
 
 
-def _serve(text: str | None, title: str, model: Named, at: tuple[str, int]) -> None:
+def _serve(text: str | None, text_file: str | None, what: tuple[Named, str], at: tuple[str, int]) -> None:
+    """what: the model and the title."""
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise TTTError(f"--serve needs {' and '.join(missing)}: pip install 'mlx-ttt[serve]'")
 
     from ..loading import load
     from ..serve.address import is_loopback, listen
-    from ..watch.live import Event, Session
+    from ..text.tokenizer import encode_long
+    from ..watch.live import MOST_TOKENS, Event, Session
     from ..watch.page import Subject, live_page
     from ..watch.reading import RESET
     from ..watch.server import Watcher, serve
 
-    host, port = at
+    (model, title), (host, port) = what, at
     with listen(host, port) as listener:  # fails before the model is loaded
 
         def make_session(publish: Callable[[Event], None]) -> tuple[Session, str]:
             network, tokenizer = load(model.directory())
+            if text is not None and (n := len(encode_long(tokenizer, text))) > MOST_TOKENS:  # no page is there to tell
+                raise TTTError(f"{text_file}: {n} tokens, and a live page holds {MOST_TOKENS}: cut the text")
             page = live_page(Subject.of(title, network), {"resetEvery": RESET})
             return Session(network, tokenizer, publish), page
 

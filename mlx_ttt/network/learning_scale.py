@@ -29,7 +29,8 @@ def learning_scale(learning: Scale, layers: int, B: int, H: int) -> mx.array:
     if isinstance(learning, mx.array):
         learning = learning.astype(mx.float32)
     try:
-        scale = np.array(learning, np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused below
+            scale = np.array(learning, np.float32)
     except (TypeError, ValueError):
         raise ValueError(f"learning is {learning!r}, expected numbers") from None
     if scale.ndim == 1 and scale.shape == (B,):

@@ -20,7 +20,7 @@ from ..checkpoint.safetensors import read_safetensors
 from ..errors import CheckpointError, OutputError, PromptError, StateError
 from ..files import check_format, output_file, written_whole
 from ..network.cache import TTTCache
-from ..network.learning_scale import Scale
+from ..network.learning_scale import Scale, learning_scale
 from ..network.model import Model
 from ..network.rewind import RewindableTTTCache
 from .tokenizer import encode
@@ -234,9 +234,12 @@ def load_state(file: str | Path, model: Model, tokenizer: TokenizerWrapper) -> T
         if saved["digest"] != _digest(arrays, text):
             raise StateError(f"{file}: this state is damaged; save it again")
         layers: Any = tree_unflatten(list(arrays.items()))
-        return TextState([_cache(layer) for layer in layers], **{name: json.loads(x) for name, x in text.items()})
+        state = TextState([_cache(layer) for layer in layers], **{name: json.loads(x) for name, x in text.items()})
+        learning_scale(state.learning, 1, 1, 1)  # or it would fail when the text goes on
+        return state
     except (CheckpointError, RuntimeError, KeyError, ValueError) as error:
-        raise StateError(f"{file}: the state cannot be read: {error}") from error
+        said = str(error).removeprefix(f"{file}: ")
+        raise StateError(f"{file}: the state cannot be read: {said}") from error
 
 
 def _maker(saved: str) -> str:

@@ -70,7 +70,8 @@ def report(reading: Reading, subject: Subject) -> str:
         "width": reading.width,
         "driftAt": reading.drift_at.tolist(),
         "resetEvery": reading.reset_every,
-        "gainHalfWidth": round(reading.gain_half_width, 4) if np.isfinite(reading.gain_half_width) else 0,
+        "gain": _rounded(reading.gain),
+        "gainHalfWidth": _rounded(reading.gain_half_width),
         "highs": {name: high for name, (_, high) in codes.items()},
     }
     blocks = [
@@ -86,6 +87,11 @@ def live_page(subject: Subject, facts: dict[str, Any]) -> str:
 
 def in_base64(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+
+
+def _rounded(nats: float) -> float | None:
+    """JSON has no NaN."""
+    return round(nats, 4) if np.isfinite(nats) else None
 
 
 def _units(text: str) -> int:

@@ -171,7 +171,9 @@ class Watcher:
 
     async def _forget(self, asked: dict[str, Any]) -> None:
         id = asked.get("state")
-        self._in_thread(lambda: self._session.forget(id))  # type: ignore[arg-type]
+        if isinstance(id, bool) or not isinstance(id, int):
+            raise Refused(400, f"state is {id!r}, expected a number")
+        self._in_thread(lambda: self._session.forget(id))
 
     async def _back(self, asked: dict[str, Any]) -> None:
         side, to = _side(asked), asked.get("state")

@@ -86,6 +86,7 @@ MISTAKES = {
     "/learn much": "expected on, off or a number",
     "/learn nan": "expected on, off or a number",
     "/learn -1": "expected on, off or a number",
+    "/learn 1e300": "expected on, off or a number from 0 to 100",
 }
 
 

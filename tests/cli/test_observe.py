@@ -55,7 +55,7 @@ def test_options_that_do_not_fit(options, message, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scale", ["-1", "nan", "inf", "fast"])
+@pytest.mark.parametrize("scale", ["-1", "nan", "inf", "fast", "1e300", "101"])
 def test_no_learning_scale(scale):
     result = run("generate", *PROMPT, "--learning", scale)
     assert result.exit_code == 2 and "error: Invalid value for '--learning'" in result.stderr

@@ -147,12 +147,12 @@ def test_a_state_may_take_the_place_of_the_old_one(model, folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["show", "nowhere.state"], "nowhere.state: no such file"),
+        (["show", "nowhere.state"], "nowhere.state: the state cannot be read: no such file"),
         (["show", ""], "cannot be read"),
         (["show", "."], "cannot be read"),
         (["show", "text.txt"], "text.txt: the state cannot be read"),
         (["show", "a.state", "--model", "nowhere"], "nowhere: no such model directory"),
-        (["diff", "a.state", "nowhere.state"], "nowhere.state: no such file"),
+        (["diff", "a.state", "nowhere.state"], "nowhere.state: the state cannot be read: no such file"),
         (["blend", "a.state", "b.state", "--weight", "1.5"], "--weight 1.5: expected 0 to 1; --extrapolate allows"),
         (["blend", "a.state", "b.state", "--weight", "-0.1"], "--weight -0.1: expected 0 to 1"),
         (["blend", "a.state", "b.state", "--weight", "nan"], "weight is nan, expected a number"),
@@ -167,7 +167,7 @@ def test_a_state_may_take_the_place_of_the_old_one(model, folder):
         (["reset", "a.state", "--layers", "-1"], "--layers -1: expected numbers"),
         (["reset", "a.state", "--layers", ""], "--layers : expected numbers"),
         (["swap", "a.state", "b.state", "--heads", "1,x"], "--heads 1,x: expected numbers"),
-        (["freeze", "nowhere.state"], "nowhere.state: no such file"),
+        (["freeze", "nowhere.state"], "nowhere.state: the state cannot be read: no such file"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -74,6 +74,12 @@ def test_a_port_in_use():
         assert_one_line(run("watch", "--serve", "--port", str(port)), f"port {port}: Address already in use")
 
 
+def test_a_text_that_is_too_long_to_be_shown_live(book, monkeypatch):
+    monkeypatch.setattr("mlx_ttt.watch.live.MOST_TOKENS", 10)
+    message = r"book.txt: \d+ tokens, and a live page holds 10: cut the text"
+    assert_one_line(run("watch", "--serve", "book.txt", "--port", "0"), message)
+
+
 def test_serve_without_its_packages(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find_spec(name))

@@ -195,6 +195,47 @@ def test_padded_sequences_show_what_they_show_alone(kind, cuts):
         assert_close(seen[-1].last_logits[b], alone.last_logits[0], "last_logits")
 
 
+def test_a_text_that_goes_on_behind_padding():
+    """What came before is known, and the next token is not the call's first."""
+    model, ids, more = shared("linear", "111"), random_ids(2, 7), random_ids(2, 12)
+    cache = model.make_cache()
+    previous = mlx_ttt.observe(model, ids, cache).last_logits
+    for c in cache:
+        c.prepare(left_padding=[5, 0], lengths=[12, 9])
+    seen = mlx_ttt.observe(model, more, cache, previous)
+    for b, (start, stop) in enumerate([(5, 12), (0, 9)]):
+        alone = observed(model, mx.concatenate([ids[b : b + 1], more[b : b + 1, start:stop]], axis=1), [7])[1]
+        assert_close(seen.surprisal[b, start:stop], alone.surprisal[0])
+
+
+def test_a_text_goes_on_in_several_ways():
+    """What came before is that of one sequence, and may come in another precision."""
+    model, ids, more = shared("linear", "111"), random_ids(1, 7), random_ids(3, 12)
+    cache = model.make_cache()
+    previous = mlx_ttt.observe(model, ids, cache).last_logits.astype(mx.bfloat16)
+    seen = mlx_ttt.observe(model, more, cache, mx.broadcast_to(previous, (3, VOCABULARY)), per="mini_batch")
+    for b in range(3):
+        cache = model.make_cache()
+        model(ids, cache)
+        alone = mlx_ttt.observe(model, more[b : b + 1], cache, previous.astype(mx.float32), per="mini_batch")
+        assert_close(seen.surprisal[b], alone.surprisal[0])
+        assert_close(seen.write_norm[:, b], alone.write_norm[:, 0])
+
+
+def test_a_learning_scale_without_logits():
+    model, ids = shared("linear", "111"), random_ids(2, 12)
+    seen = mlx_ttt.observe(model, ids, learning=[0.5, 0.0], per="layer")
+    expected = mlx_ttt.observe(model, ids, learning=[0.5, 0.0])
+    assert_close(seen.lr, expected.lr.mean(2))
+    assert not seen.write_norm[:, 1].any() and seen.write_norm[:, 0].any()
+
+
+def test_no_piece_is_of_one_token():
+    """Which a backend might read in another way."""
+    for T, expected in [(1, [(0, 1)]), (8, [(0, 4), (4, 8)]), (9, [(0, 4), (4, 9)]), (10, [(0, 4), (4, 8), (8, 10)])]:
+        assert list(observation._pieces(T, 4)) == expected
+
+
 # ---- Coarser ---------------------------------------------------------------------------------------------------------
 
 

@@ -388,6 +388,13 @@ class TestPartsOfAState:
             if not any(part):
                 assert x.rows is y.rows
 
+    def test_what_has_no_share_leaves_no_trace_even_if_it_is_no_number(self, model):
+        a, b = read(model, 10, seed=1), read(model, 21, seed=2)
+        broken = b[0].copy()
+        broken.arrays = broken.arrays | {"weights": tuple(w.at[:, 1].add(mx.nan) for w in broken.weights)}
+        new = states.swap(model, a, [broken, *b[1:]], layers=[0], heads=[0])
+        assert same(new, states.swap(model, a, b, layers=[0], heads=[0]))
+
     def test_a_state_that_is_reset_has_learned_nothing(self, model):
         a = read(model, 10)
         assert not states.drift(model, states.reset(model, a)).frobenius.any()

@@ -122,7 +122,8 @@ def test_without_a_cache():
     assert largest_error(model(tokens, learning=0.2), model(tokens)) > 1e-3
 
 
-@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf, [1.0, -1.0, 1.0]])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wrong", [-0.5, math.nan, math.inf, 1e300, [1.0, -1.0, 1.0]])
 def test_values_that_are_no_scales(wrong):
     with pytest.raises(ValueError, match=r"learning is .*, expected finite numbers that are not negative"):
         shared("linear", "000")(ids(3, 2), learning=wrong)

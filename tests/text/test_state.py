@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -318,6 +320,14 @@ def with_scale(state, learning):
     state = state.copy()
     state.learning = learning
     return state
+
+
+@pytest.mark.parametrize("learning", [-1.0, math.nan, 1e300])
+def test_a_saved_state_that_says_no_learning_scale(bundled, tmp_path, learning):
+    state = mlx_ttt.read(*bundled, PROMPT)
+    mlx_ttt.save_state(tmp_path / "state", with_scale(state, learning), *bundled)
+    with pytest.raises(StateError, match=r"the state cannot be read: learning is .*, expected finite numbers"):
+        mlx_ttt.load_state(tmp_path / "state", *bundled)
 
 
 def test_older_readers_refuse_what_they_would_go_on_with_wrongly(bundled, saved, tmp_path):

@@ -107,6 +107,24 @@ def is_in_sight(page, i: int) -> bool:
     return pane["y"] <= box["y"] and box["y"] + box["height"] <= pane["y"] + pane["height"]
 
 
+def test_the_head_of_the_page(page, reading):
+    assert number(page.locator(".gain").inner_text()) == pytest.approx(reading.gain, rel=0.05)  # two digits
+    header, tools = (page.locator(name).bounding_box() for name in ("header", ".tools"))
+    assert header["height"] < 100 and tools["x"] > 1000  # in one row
+
+
+def test_a_page_of_one_token(browser, tmp_path):
+    model, tokenizer = mlx_ttt.load()
+    one = read_text(model, tokenizer, np.array([tokenizer.bos_token_id], np.int32))
+    path = tmp_path / "one.html"
+    path.write_text(report(one, Subject("One", "TTT-Linear", 4, 4, 16)), encoding="utf-8")
+    with opened(browser, path.as_uri()) as page:
+        assert page.locator(".tokens").inner_text() == "1" and page.locator(".gain").inner_text() == "–"  # noqa: RUF001
+        ticks = page.locator(".drift .tick, .loss .tick").all()
+        below = [tick.text_content() for tick in ticks if float(tick.get_attribute("x")) >= 0]
+        assert set(below) == {"0", "1"}  # there is no half of a token
+
+
 def test_hovering_shows_a_tokens_numbers(page, reading):
     figures = reading.figures
     for i in (3, 17):

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -76,6 +77,13 @@ def test_all_values_are_in_it(made):
     assert lengths.tolist() == [len(text.encode("utf-16-le")) // 2 for text in seen.texts]
 
 
+def test_what_is_no_number_is_not_in_it():
+    """JSON has none, so the page would not open."""
+    seen = replace(reading(4), gain=float("nan"), gain_half_width=float("nan"))
+    facts = re.search('id="about">(.*?)</script>', report(seen, SUBJECT), re.S)[1]
+    assert "NaN" not in facts and json.loads(facts)["gain"] is None
+
+
 def test_a_text_stays_a_text(made):
     page = made[1]
     scripts = re.findall("<script[^>]*>", page)
@@ -97,6 +105,7 @@ def test_it_loads_nothing_and_runs_only_its_own_program(made, live):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy.startswith("default-src 'none'; ") and f"script-src 'sha256-{digest}';" in policy
     assert policy.endswith("connect-src 'self'" if live else "connect-src 'none'")
+    assert "base-uri 'none'; form-action 'none'; " in policy
     outside = set(re.findall(r"https?://[^\s\"'<]*", page)) - {"http://www.w3.org/2000/svg"}
     assert not outside and not re.search(
         r"""\bsrc=|<link|@import|url\(|innerHTML|insertAdjacentHTML|\beval\b""", script

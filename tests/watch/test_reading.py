@@ -81,7 +81,7 @@ def test_a_long_text_has_wider_columns(seen, model, tokenizer, ids, monkeypatch)
 
 def test_drift(seen, exact, model):
     assert seen.drift_at[0] == 0 and not seen.drift[0].any()
-    assert seen.drift_at[-1] == T and len(seen.drift_at) > 3
+    assert seen.drift_at[-1] == T and 3 < len(seen.drift_at) <= 1 + reading.MOST_PIECES
     assert all(at % model.args.mini_batch_size == 0 for at in seen.drift_at[:-1])
     expected = drift(model, exact[1]).of_layers().relative
     np.testing.assert_allclose(seen.drift[-1], np.array(expected)[:, 0], rtol=1e-3)
@@ -92,6 +92,11 @@ def test_the_second_reading(seen, exact, model, ids):
     expected = losses(model, ids, seen.reset_every)
     np.testing.assert_allclose(seen.reset[1:], expected, rtol=1e-3, atol=1e-5)
     assert seen.gain == pytest.approx(np.mean(expected - np.array(exact[0].surprisal)[0, 1:]), abs=1e-4)
+
+
+def test_the_state_of_a_long_text_is_not_forgotten_less_often(model, tokenizer, ids, monkeypatch):
+    monkeypatch.setattr(reading, "RESET", 12)
+    assert read_text(model, tokenizer, ids).reset_every == 12
 
 
 @pytest.mark.parametrize("reset", [0, T])

@@ -105,6 +105,8 @@ BAD = [
     ("back", {"side": "A", "state": None}, "state is None"),
     ("back", {"side": "A", "state": [1]}, "state is [1]"),
     ("back", {"side": "A", "state": True}, "state is True"),
+    ("forget", {"state": ["x"]}, "expected a number"),
+    ("forget", {"state": True}, "state is True"),
     ("turn", [], "not a JSON object"),
 ]
 

@@ -97,7 +97,7 @@ class Chart {
       svg("text", { class: "tick", x: -6, y: y(v) + 4, "text-anchor": "end" }, shown(v)),
     ]);
     const most = Math.max(2, Math.floor(this.axis.width / 90));
-    for (const token of ticks(0, this.axis.length, most)) {
+    for (const token of ticks(0, this.axis.length, most).filter(Number.isInteger)) {
       const x = this.axis.x(token);
       if (x > this.axis.width + 1) continue;
       const anchor = token === 0 ? "start" : x > this.axis.width - 20 ? "end" : "middle";

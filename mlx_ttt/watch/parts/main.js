@@ -108,17 +108,19 @@ function showSummary(view) {
     find(".tokens").textContent = count(view.reading.length);
     find(".mean-surprisal").textContent = figure(view.reading.measures.surprisal.mean());
     const drift = view.reading.drift.at(-1).layers;
-    find(".most-drift").textContent = `${figure(100 * Math.max(...drift))} %`;
-    find(".most-drift-layer").textContent = `of its start weights: layer ${drift.indexOf(Math.max(...drift))} moved most`;
+    const most = Math.max(...drift);
+    find(".most-drift").textContent = `${figure(100 * most)} %`;
+    find(".most-drift-layer").textContent = most ? `of its start weights: layer ${drift.indexOf(most)} moved most` : "";
     const gain = find(".gain");
     const { reset, measures } = view.reading;
     const known = reset.length > 1;
-    const saved = known ? reset.mean() - measures.surprisal.mean(0, reset.length) : NaN;
+    // A page has the exact figure: the difference of rounded numbers is rounded more.
+    const saved = !known ? NaN : about.gain ?? reset.mean() - measures.surprisal.mean(0, reset.length);
     gain.textContent = figure(saved, 2);
     const half = about.gainHalfWidth;
-    const every = `less a token than when forgetting every ${count(view.reading.resetEvery)}`;
+    const every = `a token, beside forgetting every ${count(view.reading.resetEvery)}`;
     find(".gain-says").textContent = !known ? "too short to compare with forgetting"
-      : `nats ${half ? `(± ${figure(half, 2)}) ` : ""}${every}`;
+      : `${half ? `± ${figure(half, 2)} ` : ""}nats ${every}`;
     find(".loss .says-reset").textContent = known ? `reset: the state is forgotten every ${count(view.reading.resetEvery)} tokens` : "";
   };
   view.on("reading", show);
