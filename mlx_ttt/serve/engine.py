@@ -145,13 +145,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Continuations that are written or whose prompt is being read."""
-        return len(self._writers) + sum(len(reader.writers) for reader in self._all_readers())
-
-    @property
-    def _writers(self) -> list[Writer]:
-        """Those who write, with those whose last token is on its way."""
-        given = [] if self._given is None else self._given.writers
-        return list(dict.fromkeys([*self._batch.writers, *given]))
+        return len(self._batch.writers) + sum(len(reader.writers) for reader in self._all_readers())
 
     # The loop
 
@@ -159,7 +153,7 @@ class Engine:
         """Do a little of everything; says whether there was anything to do."""
         self._drop()
         self._admit()
-        if not (self._readers or self._suspects or self._writers):
+        if not (self._readers or self._suspects or self._batch.writers):
             return False
         self._read()
         self._write()
@@ -171,7 +165,7 @@ class Engine:
 
     def fail_all(self, status: int, message: str) -> None:
         """End every job, and start afresh."""
-        jobs = [*(reader.job for reader in self._all_readers()), *(w.job for w in self._writers)]
+        jobs = [*(reader.job for reader in self._all_readers()), *(w.job for w in self._batch.writers)]
         with self._queue:
             jobs += self._waiting
             self._waiting.clear()
@@ -189,7 +183,7 @@ class Engine:
         now = time.monotonic()
         with self._queue:
             waiting = list(self._waiting)
-        for job in {*(r.job for r in self._all_readers()), *(w.job for w in self._writers), *waiting}:
+        for job in {*(r.job for r in self._all_readers()), *(w.job for w in self._batch.writers), *waiting}:
             if now > job.deadline:
                 job.tell(Failed(504, "the request took longer than the server allows", "timeout"))
         if any(job.is_over for job in waiting):
@@ -314,13 +308,11 @@ class Engine:
 
     def _write(self) -> None:
         """Write one token of each continuation."""
-        texts, before = self._writers, self._given
+        texts, before = self._batch.writers, self._given
         try:
-            try:
-                self._given = self._next()
-            finally:  # what was given out before is good, even if the next token fails
-                if before is not None:
-                    self._look(before)
+            self._given = self._next()
+            if before is not None:
+                self._look(before)
             if self._given is not None and not self._ahead:
                 self._look(self._given)
                 self._given = None
