@@ -124,8 +124,8 @@ def stream_generate(
                     finish_reason=finish,
                 )
                 if isinstance(decoder, PlainDecoder) and observe:
-                    learned = {"surprisal": decoder.surprisal, "signals": decoder.signals}
-                    response = ObservedResponse(**vars(response), **learned)
+                    fields = vars(response)
+                    response = ObservedResponse(**fields, surprisal=decoder.surprisal, signals=decoder.signals)
                 yield response
                 if finish:
                     break
