@@ -5,6 +5,7 @@
 //     views         short convolutions, rotation, learning rates, token factors: all that the update rule reads
 //     gated_norm    the LayerNorm behind the update rule, times gelu(gate)
 //     add_norm      x += what a layer returns, then the RMSNorm in front of the next
+//     turned        short convolutions and rotation of many tokens' queries and keys
 //
 // They are function templates; README.md shows the kernel around them. B sequences, H heads, D head dimension, C = H D
 // channels, N inputs before the token that a convolution reads, K mini-batch size. T is the dtype of the model. All
@@ -170,6 +171,45 @@ METAL_FUNC void views(
   }
   gate = sum_of_group<Views::SIMDGROUPS>(gate, memory, simdgroup, lane);
   if (thread_index == 0) lr[head_at] = base_lr[0] / (1.0f + precise::exp(-(gate + lr_bias[head])));
+}
+
+// ---- The same for many tokens -------------------------------------------------------------------------------------
+
+struct Turned {
+  TTT_CONST int THREADS = 128;
+};
+
+// q_in, k_in [B, N + T, C]: the N inputs before the tokens, then theirs; conv_q, conv_k [C, N + 1], their biases [C];
+// cos, sin [K, D]; phase [B]: of the first token. q, k [B, T, C].
+//     q, k: the products (of the convolutions of q_in, if N > 0), each token's rotated by its phase
+// With N > 0 k_in is nullptr; with N = 0 conv_q ... conv_k_bias are. The grid has a threadgroup of Turned::THREADS for
+// each (token, sequence).
+template <int D, int K, int N, typename T, typename I>
+METAL_FUNC void turned(
+    const device T* q_in, const device T* k_in, const device T* conv_q, const device T* conv_q_bias,
+    const device T* conv_k, const device T* conv_k_bias, const device float* cos, const device float* sin, I phase,
+    device T* q, device T* k, int C, int length, uint3 group, uint thread_index) {
+  const int token = group.x, sequence = group.y, tokens = length - N;
+  const int p = (phase[sequence] + token) % K;
+  const size_t first = (size_t(sequence) * length + token) * C;  // of the inputs that the token's convolutions read
+  const size_t to = (size_t(sequence) * tokens + token) * C;
+  for (int c = 2 * thread_index; c < C; c += 2 * Turned::THREADS) {
+    float2 of_q = pair_at(q_in + first + N * C + c), of_k = of_q;
+    if (N) {
+      const float2 input = of_q;
+      TTT_UNROLL for (int i = 0; i < 2; ++i) {
+        const int channel = c + i;
+        const device T* past = q_in + first + channel;
+        of_q[i] = convolved<N>(input[i], past, C, conv_q + channel * (N + 1), float(conv_q_bias[channel]));
+        of_k[i] = convolved<N>(input[i], past, C, conv_k + channel * (N + 1), float(conv_k_bias[channel]));
+      }
+    } else {
+      of_k = pair_at(k_in + first + c);
+    }
+    const float2 cos_d = pair_at(cos + p * D + c % D), sin_d = pair_at(sin + p * D + c % D);
+    put_rotated(q + to + c, of_q, cos_d, sin_d);
+    put_rotated(k + to + c, of_k, cos_d, sin_d);
+  }
 }
 
 // ---- Behind the update rule ---------------------------------------------------------------------------------------

@@ -498,6 +498,12 @@ def test_a_token_of_ours_takes_a_dozen_launches(batch, offset, most):
     assert worst(Case(ours(), batch=batch, offset=offset)) <= most
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("mamba", [True, False])
+def test_a_prompt_of_ours_takes_at_most_thirty_launches(mamba, batch):
+    assert worst(Case(ours(mamba=mamba), batch=batch, tokens=600)) <= (30 if mamba else 20)
+
+
 def test_a_prompt_of_any_length_is_one_call_of_the_kernel():
     short, long = (launches([decoding.token(Case(ours(), tokens=n))], M1, running=0) for n in (600, 1200))
     assert short["kernel ttt_linear_chunk"] == TINY.layers

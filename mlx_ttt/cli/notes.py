@@ -31,9 +31,14 @@ class Notes:
         self._tokens: list[dict] = []
 
     def add(self, response: ObservedResponse) -> None:
-        signals = {name: value.tolist() for name, value in response.signals._asdict().items()}
+        self._see_last()  # the signals of this response are computed meanwhile
         token = {"token": response.token, "text": response.text, "surprisal": response.surprisal}
-        self._tokens.append(token | signals)
+        self._tokens.append(token | response.signals._asdict())
+
+    def _see_last(self) -> None:
+        """Have the signals of the last token as numbers."""
+        for token in self._tokens[-1:]:
+            token |= {name: token[name].tolist() for name in ("loss", "lr", "write_norm")}
 
     def save(self) -> None:
         """Whole or not at all.
@@ -41,6 +46,7 @@ class Notes:
         Raises:
             OutputError: the file cannot be written.
         """
+        self._see_last()
         try:
             with written_whole(self._file) as complete:
                 if self._file.suffix == ".npz":

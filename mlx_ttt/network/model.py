@@ -334,6 +334,12 @@ def prepare(model: Model) -> None:
 
 
 @replaceable
+def computes_when_called() -> bool:
+    """Whether a call for one token returns only when it has been computed. Otherwise a device computes it meanwhile."""
+    return False
+
+
+@replaceable
 def shard(model: Model, group: mx.distributed.Group | None) -> None:
     """Keep one machine's part of a model. Alone, the network knows no other machines."""
     raise NotImplementedError("this model has no sharding plugged in: take Model from mlx_ttt.model")

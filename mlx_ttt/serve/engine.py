@@ -3,6 +3,10 @@
 A step reads a part of the prompts that wait to be read, and writes one token of every continuation. Between two steps
 continuations join and leave the batch. A continuation's last token is always unread, as in `TextState`.
 
+The device is given the next token of every continuation before the host looks at the last one, so that it never waits
+for the host. The token that comes after the end of a text is dropped. Where a call of the model returns only when it
+has been computed, the host looks first: there is nothing to gain.
+
 What goes wrong with one continuation ends that one. If the model fails on a batch, nobody knows whose fault it is, and
 some layers may be a token ahead of others. So every text of the batch is read again from its start, alone, and only
 those that fail alone end.
@@ -24,21 +28,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import TTTError
 from ..network.cache import TTTCache
-from ..network.model import Model
+from ..network.model import Model, computes_when_called
 from ..network.rewind import RewindableTTTCache
 from ..text.state import CONTEXT_TOKENS, PREFILL_STEP_SIZE, TextState
 from ..text.visible import VisibleText
 from ..text.vocabulary import Vocabulary
+from .batch import BROKEN, Batch, Choice, Step, Writer, merged, scale
 from .jobs import Done, Failed, Job, Read, Saved, Written
 from .metrics import Metrics
 from .prompt_store import PromptStore
-from .sampling import Likely, changed, choose, log_probabilities, most_likely, token_seed
+from .sampling import Likely, log_probabilities, most_likely
 from .states import States
 
 log = logging.getLogger("mlx_ttt.serve")
 
 CLEAR_EVERY = 256  # steps, after which MLX gives back memory that it keeps for arrays of sizes that may not come again
-BROKEN = "the model failed on this request; the server's log says why"
 
 
 @dataclass(frozen=True)
@@ -57,46 +61,6 @@ class Room:
     queue: int = 256
     stored_texts: int = 32
     stored_bytes: int = 1 << 30
-
-
-@dataclass(eq=False)
-class Writer:
-    """A continuation that is being written.
-
-    Attributes:
-        start: what the prompt follows.
-        context: tokens before the first one written: the prompt, behind the last few tokens of a saved state.
-        learning: the learning scale of all that is read and written.
-        written: tokens so far.
-    """
-
-    job: Job
-    sample: int
-    start: TextState
-    context: list[int]
-    learning: float
-    text: VisibleText
-    written: list[int] = field(default_factory=list)
-    over: bool = False
-
-    @property
-    def last(self) -> int:
-        """The token that is still unread."""
-        return self.written[-1] if self.written else self.context[-1]
-
-    @property
-    def seed(self) -> int:
-        """Each sample has a seed of its own."""
-        seed = self.job.ask.sampling.seed
-        return token_seed(seed, -1 - self.sample) if self.sample else seed
-
-    @property
-    def is_over(self) -> bool:
-        return self.over or self.job.is_over
-
-    def fail(self, message: str = BROKEN, status: int = 500) -> None:
-        self.over = True
-        self.job.tell(Failed(status, message))
 
 
 @dataclass(eq=False)
@@ -140,10 +104,17 @@ class Engine:
         room: Room | None = None,
         states: States | None = None,
         metrics: Metrics | None = None,
+        ahead: bool | None = None,
     ):
+        """
+        Args:
+            ahead: whether to give the next token to the device before looking at the last one. By default, unless that
+                would only be computed sooner.
+        """
         self.model, self.tokenizer, self.room = model, tokenizer, room or Room()
         self.vocabulary = Vocabulary(tokenizer)
         self.states, self.metrics = states, metrics or Metrics()
+        self._ahead = not computes_when_called() if ahead is None else ahead
         self._waiting: deque[Job] = deque()
         self._queue = threading.Lock()  # for those who wait
         self.beat = time.monotonic()  # when the model was last called with success
@@ -153,8 +124,8 @@ class Engine:
     def _empty(self) -> None:
         self._readers: list[Reader] = []
         self._suspects: deque[Reader] = deque()
-        self._writers: list[Writer] = []
-        self._cache: list[TTTCache] = []  # of the writers
+        self._batch = Batch()
+        self._given: Step | None = None  # to the device, and not looked at yet
         self._store = PromptStore(self.room.stored_texts, self.room.stored_bytes)
 
     # Called from other threads
@@ -174,7 +145,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Continuations that are written or whose prompt is being read."""
-        return len(self._writers) + sum(len(reader.writers) for reader in self._all_readers())
+        return len(self._batch.writers) + sum(len(reader.writers) for reader in self._all_readers())
 
     # The loop
 
@@ -182,7 +153,7 @@ class Engine:
         """Do a little of everything; says whether there was anything to do."""
         self._drop()
         self._admit()
-        if not (self._readers or self._suspects or self._writers):
+        if not (self._readers or self._suspects or self._batch.writers):
             return False
         self._read()
         self._write()
@@ -194,7 +165,7 @@ class Engine:
 
     def fail_all(self, status: int, message: str) -> None:
         """End every job, and start afresh."""
-        jobs = [*(reader.job for reader in self._all_readers()), *(w.job for w in self._writers)]
+        jobs = [*(reader.job for reader in self._all_readers()), *(w.job for w in self._batch.writers)]
         with self._queue:
             jobs += self._waiting
             self._waiting.clear()
@@ -212,7 +183,7 @@ class Engine:
         now = time.monotonic()
         with self._queue:
             waiting = list(self._waiting)
-        for job in {*(r.job for r in self._all_readers()), *(w.job for w in self._writers), *waiting}:
+        for job in {*(r.job for r in self._all_readers()), *(w.job for w in self._batch.writers), *waiting}:
             if now > job.deadline:
                 job.tell(Failed(504, "the request took longer than the server allows", "timeout"))
         if any(job.is_over for job in waiting):
@@ -220,17 +191,13 @@ class Engine:
                 self._waiting = deque(job for job in self._waiting if not job.is_over)
         self._suspects = deque(reader for reader in self._suspects if not reader.job.is_over)
         self._readers = [reader for reader in self._readers if not reader.job.is_over]
-        self._keep([i for i, writer in enumerate(self._writers) if not writer.is_over])
+        self._leave()
 
-    def _keep(self, indices: list[int]) -> None:
-        """Go on with these writers only."""
-        if len(indices) == len(self._writers):
-            return
-        self._writers = [self._writers[i] for i in indices]
-        for c in self._cache if indices else ():
-            c.filter(indices)
-        if not indices:
-            self._cache = []
+    def _leave(self) -> None:
+        """Go on without the writers that are over."""
+        self._batch.keep([i for i, writer in enumerate(self._batch.writers) if not writer.is_over])
+        if self._given is not None and self._given.is_over:
+            self._given = None
 
     def _admit(self) -> None:
         """Start to read the prompts of those who wait, as far as there is room."""
@@ -298,8 +265,8 @@ class Engine:
     def _read_part(self, group: list[Reader], T: int) -> None:
         """Read the next T tokens of each."""
         ids = mx.array([reader.tokens[reader.done : reader.done + T] for reader in group])
-        cache = _merged([reader.cache for reader in group])
-        logits = self.model(ids, cache, _scale([reader.learning for reader in group]))  # [B, T, V], rarely computed
+        cache = merged([reader.cache for reader in group])
+        logits = self.model(ids, cache, scale([reader.learning for reader in group]))  # [B, T, V], rarely computed
         mx.eval([c.arrays for c in cache])
         for i, reader in enumerate(group):
             if reader.job.ask.prompt_logprobs and not reader.again:
@@ -335,72 +302,86 @@ class Engine:
                     job.tell(Written(writer.sample, "", None, "length"))
                     self._finish(writer, reader.cache)
                 return
-        cache = _merged([reader.cache for _ in reader.writers])
-        self._cache = _merged([self._cache, cache]) if self._writers else cache
-        self._writers += reader.writers
+        self._batch.extend(Batch(reader.writers, merged([reader.cache for _ in reader.writers])))
 
     # Writing
 
     def _write(self) -> None:
         """Write one token of each continuation."""
+        texts, before = self._batch.writers, self._given
         try:
-            if self._writers:
-                self._advance()
+            self._given = self._next()
+            if before is not None:
+                self._look(before)
+            if self._given is not None and not self._ahead:
+                self._look(self._given)
+                self._given = None
         except Exception:
-            log.exception("writing %d texts failed", len(self._writers))
-            writers, self._writers, self._cache = self._writers, [], []
-            self._suspect([self._from_the_start(w) for w in writers if not w.is_over])
+            log.exception("writing %d texts failed", len(texts))
+            self._batch, self._given = Batch(), None
+            self._suspect([self._from_the_start(w) for w in texts if not w.is_over])
 
-    def _advance(self) -> None:
-        writers = self._writers
-        ids = mx.array([[writer.last] for writer in writers])
-        scales = [writer.learning for writer in writers]
-        logits = self.model(ids, self._cache, _scale(scales))[:, -1]  # [B, V]
+    def _next(self) -> Step | None:
+        """Give the device the next token of each continuation that needs one."""
+        batch = self._batch
+        batch.keep([i for i, writer in enumerate(batch.writers) if not writer.is_asked_for])
+        if not batch.writers:
+            return None
+        logits = self.model(batch.unread[:, None], batch.cache, batch.scale)[:, -1]  # [B, V]
         best = mx.argmax(logits, axis=-1)
-        chosen = [self._choose(logits[i], best[i], writer) for i, writer in enumerate(writers)]
-        mx.eval(best, [list(arrays) for arrays in chosen if arrays is not None])
-        self.beat = time.monotonic()
-        for i, (writer, arrays) in enumerate(zip(writers, chosen, strict=True)):
-            if arrays is None:
-                continue
-            try:
-                self._take(writer, *arrays)
-                if writer.over:
-                    self._finish(writer, [c.extract(i) for c in self._cache])
-            except Exception:
-                log.exception("one text failed")
-                writer.fail()
-        self._keep([i for i, writer in enumerate(writers) if not writer.is_over])
+        choices = [self._choose(logits[i], best[i], writer) for i, writer in enumerate(batch.writers)]
+        tokens = mx.stack([c.token for c in choices]) if any(w.is_choosy for w in batch.writers) else best
+        # What logits that are no numbers have given is read before the host can refuse it.
+        batch.unread = mx.minimum(tokens, self.model.args.vocab_size - 1)
+        cache = [c.copy() for c in batch.cache] if self._ahead else batch.cache
+        step = Step(batch.writers, tokens, choices, cache)
+        mx.async_eval(step.arrays, batch.unread)
+        return step
 
-    def _choose(self, logits: mx.array, best: mx.array, writer: Writer) -> tuple[mx.array, ...] | None:
-        """The next token and, if asked for, its log probability and the likeliest tokens, still to be computed."""
+    def _choose(self, logits: mx.array, best: mx.array, writer: Writer) -> Choice:
+        """A continuation's next token, and what is asked to be told of it."""
         ask = writer.job.ask
-        sampling = ask.sampling
         try:
-            token = best
-            if sampling.changes_logits or not sampling.is_greedy:
-                scores = changed(logits, sampling, ask.prompt, writer.written) if sampling.changes_logits else logits
-                token = choose(scores, sampling, writer.seed, len(writer.written))
+            token = writer.chosen(logits) if writer.is_choosy else best
+            writer.asked += 1
             if ask.logprobs is None:
-                return (token,)
+                return Choice(token)
             logprobs = log_probabilities(logits)
-            return token, logprobs[token], *most_likely(logprobs, ask.logprobs)
+            return Choice(token, logprobs[token], *most_likely(logprobs, ask.logprobs))
         except Exception:
             log.exception("choosing a token failed")
             writer.fail()
-            return None
+            return Choice(best)
 
-    def _take(self, writer: Writer, token: mx.array, *likely: mx.array) -> None:
-        """A continuation gets its next token."""
-        ask, value = writer.job.ask, int(cast(Any, token.item()))
+    def _look(self, step: Step) -> None:
+        """Wait for a step, and tell of its tokens."""
+        mx.eval(step.arrays)
+        self.beat = time.monotonic()
+        tokens: Any = step.tokens.tolist()
+        for i, (writer, token, choice) in enumerate(zip(step.writers, tokens, step.choices, strict=True)):
+            if writer.is_over:
+                continue
+            try:
+                if self._take(writer, token, choice):
+                    self._finish(writer, [c.extract(i) for c in step.cache])
+            except Exception:
+                log.exception("one text failed")
+                writer.fail()
+        self._leave()
+
+    def _take(self, writer: Writer, value: int, choice: Choice) -> bool:
+        """A continuation gets its next token. Says whether it ends with it."""
+        ask = writer.job.ask
         if not 0 <= value < self.model.args.vocab_size:
-            return writer.fail("the model's output is not a number")
+            writer.fail("the model's output is not a number")
+            return False
         said: Likely | int = value
-        if likely:
-            told: Any = [x.tolist() for x in likely]
+        if choice.logprob is not None:
+            told: Any = [x.tolist() for x in choice.told]
             logprob, top, values = told
             if math.isnan(logprob):
-                return writer.fail("the model's output is not a number")
+                writer.fail("the model's output is not a number")
+                return False
             said = Likely(value, logprob, list(zip(top, values, strict=True)))
         writer.written.append(value)
         is_eos = value in self.tokenizer.eos_token_ids
@@ -410,6 +391,7 @@ class Engine:
         if len(writer.written) == 1:
             self.metrics.first_token(time.monotonic() - writer.job.started)
         writer.job.tell(Written(writer.sample, segment, said, finish))
+        return writer.over
 
     def _finish(self, writer: Writer, cache: list[TTTCache]) -> None:
         """A continuation has ended, in this state. The job has if it was the last one."""
@@ -441,6 +423,7 @@ class Engine:
 
     def _from_the_start(self, writer: Writer) -> Reader:
         """All that a continuation has read, to be read again."""
+        writer.forget_asked()
         tokens = [*writer.start.tokens[-1:], *writer.job.ask.prompt, *writer.written][:-1]
         return Reader(writer.job, tokens, writer.start.cache, [writer], again=True)
 
@@ -449,30 +432,17 @@ class Engine:
         if not self._suspects:
             return
         reader = self._suspects.popleft()
-        others, self._writers, self._cache, cache = self._writers, [], [], self._cache
+        others, self._batch, given, self._given = self._batch, Batch(), self._given, None
         try:
             while reader.left:
                 self._read_part([reader], min(reader.left, PREFILL_STEP_SIZE))
             self._join(reader)
-            if self._writers:
-                self._advance()
+            if (step := self._next()) is not None:
+                self._look(step)
         except Exception as error:
             log.error("a text failed alone: %s", error)
             for writer in reader.writers:
                 writer.fail()
-            self._writers, self._cache = [], []
-        if others:
-            self._cache = _merged([cache, self._cache]) if self._writers else cache
-        self._writers = others + self._writers
-
-
-def _merged(caches: Sequence[list[TTTCache]]) -> list[TTTCache]:
-    """The sequences of several lists of caches in one, layer by layer."""
-    if len(caches) == 1:
-        return [c.copy() for c in caches[0]]
-    return [layers[0].merge(layers) for layers in zip(*caches, strict=True)]
-
-
-def _scale(scales: list[float]) -> Any:
-    """The learning scale as the model takes it: one number if it is 1 for all, which costs nothing."""
-    return 1.0 if all(scale == 1 for scale in scales) else scales
+            self._batch = Batch()
+        others.extend(self._batch)
+        self._batch, self._given = others, given

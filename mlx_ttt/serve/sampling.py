@@ -7,12 +7,12 @@ the batch, but for the rounding of the logits.
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 LEAST_TEMPERATURE = 1e-5  # below it, logits divided by the temperature overflow; the best token always wins there
 _MASK = 2**64 - 1
@@ -68,31 +68,47 @@ def token_seed(seed: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-def changed(logits: mx.array, sampling: Sampling, prompt: Sequence[int], written: Sequence[int]) -> mx.array:
-    """The logits [V] with bias and penalties.
+class LogitChanges:
+    """Bias and penalties of one text.
 
-    Args:
-        prompt, written: the tokens of the text so far.
+    The counts of its tokens are on the device: the next token is chosen before the host has seen the last one.
     """
-    if sampling.repetition != 1 and (seen := sorted({*prompt, *written})):
-        indices = mx.array(seen)
-        values = logits[indices]
-        logits = _with(
-            logits, indices, mx.where(values > 0, values / sampling.repetition, values * sampling.repetition)
-        )
-    added: dict[int, float] = defaultdict(float)
-    for token, count in Counter(written).items():
-        added[token] -= sampling.presence + sampling.frequency * count
-    for token, value in sampling.bias.items():
-        added[token] += value
-    if added:
-        indices = mx.array(list(added))
-        logits = _with(logits, indices, logits[indices] + mx.array(list(added.values()), mx.float32))
-    return logits
 
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], written: Sequence[int], V: int):
+        """
+        Args:
+            prompt, written: the tokens of the text so far.
+            V: size of the vocabulary.
+        """
+        self._sampling, self._V = sampling, V
+        bias, read = np.zeros(V, np.float32), np.zeros(V, bool)
+        for token, value in sampling.bias.items():
+            bias[token] = value
+        read[list(prompt)] = True
+        self._bias, self._read = mx.array(bias), mx.array(read)
+        self._written = len(written)
+        self._counts = mx.array(np.bincount(np.array(written, np.int64), minlength=V).astype(np.int32))
+        self._penalties = mx.zeros(0)  # of a token that was written 0, 1, ... times
 
-def _with(logits: mx.array, indices: mx.array, values: mx.array) -> mx.array:
-    return mx.put_along_axis(logits, indices, values.astype(logits.dtype), axis=-1)
+    def changed(self, logits: mx.array) -> mx.array:
+        """The logits [V] of the next token, with bias and penalties."""
+        factor = self._sampling.repetition
+        if factor != 1:
+            repeated = mx.where(logits > 0, logits / factor, logits * factor)
+            logits = mx.where(self._read | (self._counts > 0), repeated, logits)
+        if self._written >= self._penalties.size:
+            self._penalties = self._table(2 * self._written + 16)
+        return (logits + (self._bias + self._penalties[self._counts])).astype(logits.dtype)
+
+    def add(self, token: mx.array) -> None:
+        """The token has been chosen. The device may still compute it."""
+        self._written += 1
+        self._counts = self._counts.at[mx.minimum(token, self._V - 1)].add(1)
+
+    def _table(self, size: int) -> mx.array:
+        penalties = self._sampling.presence + self._sampling.frequency * np.arange(size)
+        penalties[0] = 0
+        return mx.array(-penalties.astype(np.float32))
 
 
 def choose(logits: mx.array, sampling: Sampling, seed: int, number: int) -> mx.array:

@@ -50,6 +50,8 @@ class PlainDecoder:
         self._running = _copies(start.cache)
         # mlx-lm samples at most two tokens more than it has yielded. So the last three states are enough.
         self._recent = deque([start.cache], maxlen=3)
+        self._read_last: Signals  # of the last token of the last call
+        self._surprisals: deque[mx.array] = deque()  # of the token yielded last and of those sampled since
         self._signals: deque[Signals] = deque()  # of the token yielded last and of those read since
 
     def tokens(self) -> Generator[DecodedToken, None, None]:
@@ -63,9 +65,10 @@ class PlainDecoder:
             prompt_cache=self._running,
         )
         for token, logprobs in steps:
-            if self._signals:
-                self._signals.popleft()  # the token before has been seen
             yield token, logprobs, False
+            for of_tokens in (self._surprisals, self._signals):
+                if of_tokens:
+                    of_tokens.popleft()
 
     def _read(self, ids: mx.array, cache: list[TTTCache]) -> mx.array:
         """The model, as the loop calls it."""
@@ -74,19 +77,29 @@ class PlainDecoder:
         with watched(cache) as seen:
             logits = self._model(ids, cache, self._sampling.learning)
         layers = [Signals.joined(signals) for signals in seen]
-        self._signals.append(Signals(*(mx.stack([x[0, -1] for x in y]) for y in zip(*layers, strict=True))))
-        mx.async_eval(self._signals[-1])
+        self._read_last = Signals(*(mx.stack([x[0, -1] for x in y]) for y in zip(*layers, strict=True)))
         return logits
 
     @property
+    def surprisal(self) -> float:
+        """-log probability of the token yielded last, in nats."""
+        return float(self._surprisals[0])
+
+    @property
     def signals(self) -> Signals:
-        """What the learners did with the token yielded last, [layers, H] each. mlx-lm has read it by then."""
-        return self._signals[0]
+        """What the learners do with the token yielded last, [layers, H] each. The device may still compute it."""
+        return self._signals[1]
 
     def _sample(self, logprobs: mx.array) -> mx.array:
         if self._keep:
             self._recent.append(_copies(self._running))
-        return self._sampling.sampler(logprobs)
+        token = self._sampling.sampler(logprobs)
+        if self._sampling.observe:
+            # Given to the device with the token. Later it would have to wait for the next token.
+            self._surprisals.append(-mx.take_along_axis(logprobs, token[:, None], axis=-1)[0, 0])
+            self._signals.append(self._read_last)
+            mx.async_eval(token, self._surprisals[-1], self._signals[-1])
+        return token
 
     def cache_at(self, offset: int) -> list[TTTCache]:
         """The state after `offset` tokens of the text: all tokens but the last one yielded.

@@ -27,7 +27,8 @@ class ObservedResponse(GenerationResponse):
 
     Attributes:
         surprisal: -log probability of the token, in nats.
-        signals: loss, lr and write_norm, [layers, H] each; see `mlx_ttt.observe`.
+        signals: loss, lr and write_norm, [layers, H] each; see `mlx_ttt.observe`. The model reads the token while its
+            response is here: to look at them waits for that. Look when the next response has come, and nothing waits.
     """
 
     surprisal: float
@@ -123,8 +124,8 @@ def stream_generate(
                     finish_reason=finish,
                 )
                 if isinstance(decoder, PlainDecoder) and observe:
-                    surprisal = -float(logprobs[token])
-                    response = ObservedResponse(**vars(response), surprisal=surprisal, signals=decoder.signals)
+                    fields = vars(response)
+                    response = ObservedResponse(**fields, surprisal=decoder.surprisal, signals=decoder.signals)
                 yield response
                 if finish:
                     break

@@ -107,10 +107,11 @@ def make_front(
     limits: Limits | None = None,
     access: Access | None = None,
     quota: int = 10**9,
+    ahead: bool = True,
 ) -> Front:
     metrics, limits = Metrics(), limits or Limits(max_tokens=4096)
     states = None if folder is None else States(folder, quota, model, tokenizer)
-    engine = Engine(model, tokenizer, room=room, states=states, metrics=metrics)
+    engine = Engine(model, tokenizer, room=room, states=states, metrics=metrics, ahead=ahead)
     worker = Worker([engine], metrics, stuck_after=60)
     served = Served("shakespeare", engine, worker, limits, 0)
     return Front([served], worker, metrics, access or Access(), limits)

@@ -33,6 +33,7 @@ from ...network.model import (
     RoPE,
     SwiGLU,
     TTTModel,
+    computes_when_called,
     hidden_states,
 )
 from ...network.rule import Signals, state_shapes
@@ -52,6 +53,11 @@ def decode_step(
     if not available():
         return NotImplemented
     return DecodeStep.of(model)(model, ids, cache, scales)
+
+
+@computes_when_called.register
+def computes_now() -> bool:
+    return available() or NotImplemented
 
 
 class DecodeStep(Kept):

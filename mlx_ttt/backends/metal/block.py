@@ -59,7 +59,7 @@ class TokenState(LayerState):
 @through_block.register
 def block_of_one_token(block: Block, x: mx.array, state: LayerState, scale: mx.array | None = None) -> mx.array:
     """Only in a decode step, whose states are of a class of their own."""
-    if not isinstance(state, TokenState) or not _supports(block, x.dtype):
+    if not isinstance(state, TokenState) or not supports(block, x.dtype):
         return NotImplemented
     if "conv" in block:
         x, y, history = conv_norm(x, state.arrays["history"]["conv"], block.conv, block.seq_norm)
@@ -89,7 +89,7 @@ def _through_ttt(block: Block, x: mx.array, state: TokenState, scale: mx.array |
     return layer.o_proj(y).astype(x.dtype)
 
 
-def _supports(block: nn.Module, dtype: mx.Dtype) -> bool:
+def supports(block: nn.Module, dtype: mx.Dtype) -> bool:
     """Whether a block is as network/model.py has it, with adapters or not, and there are kernels for it."""
     if [kind.__call__ for kind in _LAYERS] != _CALLS or type(block) is not Block:
         return False

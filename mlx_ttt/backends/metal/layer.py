@@ -1,4 +1,7 @@
-"""What surrounds the update rule in a block, for one token of each sequence: each a kernel of metal/ttt_token.metal.
+"""What surrounds the update rule in a block: each a kernel of metal/ttt_token.metal.
+
+They are made for one token of each sequence. `add_norm` and `gated_norm` take any rows, so those of a prompt, too, and
+`turned` is for prompts only.
 
 Each has a twin in MLX operations. It computes what a device refuses to, and its gradient is that of the kernel.
 """
@@ -127,9 +130,41 @@ def views(
     return Tokens(q, k, v, lr), t, after[0] if after else None
 
 
+def turned(layer: TTT, q: mx.array, k: mx.array | None, phase: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """Queries and keys of many tokens, rotated by each token's phase. Returns q and k [B, T, H, D].
+
+    Args:
+        q, k: the products [B, T, C]; without k, those that both share, behind the inputs of the convolutions before
+            them, [B, N + T, C].
+        phase: of each sequence's first token.
+    """
+    B, H, D, K = len(q), layer.num_heads, layer.head_dim, layer.mini_batch_size
+    N = layer.kernel_size - 1 if k is None else 0
+    T = q.shape[1] - N
+    convolutions = (layer.conv_q, layer.conv_k) if k is None else ()
+    arrays = [q, *([] if k is None else [k]), *(p for conv in convolutions for p in (conv.weight, conv.bias))]
+    arrays += [layer.rope._cos, layer.rope._sin]
+    phases = mx.array([*phase, *[0] * (rule.SMALL - B)], mx.int32)
+
+    def in_mlx(q: mx.array, *arrays: mx.array) -> list[mx.array]:
+        *between, cos, sin = arrays
+        if k is None:
+            conv_q, bias_q, conv_k, bias_k = between
+            q, keys = causal_conv1d.in_mlx(q, conv_q, bias_q), causal_conv1d.in_mlx(q, conv_k, bias_k)
+        else:
+            (keys,) = between
+        slots = (phases[:B, None] + mx.arange(T)) % K
+        return [rotate.in_mlx(z.reshape(B, T, H, D), cos[slots], sin[slots]) for z in (q, keys)]
+
+    name = "turned" if k is not None else "turned_conv"
+    call = _Call(name, (("D", D), ("K", K), ("N", N)), (T, B), _VIEWS_THREADS, (), (phases,))
+    queries, keys = _run(call, arrays, in_mlx, [_Like((B, T, H, D), q.dtype)] * 2)
+    return queries, keys
+
+
 # ---- Launching -------------------------------------------------------------------------------------------------------
 
-_VIEWS_THREADS = 128
+_VIEWS_THREADS = 128  # also those of `turned`
 
 
 def _threads(C: int) -> int:
@@ -141,7 +176,7 @@ class _Kernel(NamedTuple):
     """A kernel around a function of metal/ttt_token.metal.
 
     Attributes:
-        memory: the struct that says how much threadgroup memory it takes.
+        memory: the struct that says how much threadgroup memory it takes; empty if it takes none.
         function: with its template arguments.
         inputs: arrays; behind them come the integers of a call, and its constants.
         arguments: of the function, up to the threadgroup memory.
@@ -169,6 +204,16 @@ def _views(convolutions: str, inputs: str, history_out: str, outputs: str) -> _K
     )
 
 
+def _turned(inputs: str, arguments: str) -> _Kernel:
+    return _Kernel(
+        "",
+        "turned<D, K, N>",
+        f"{inputs} cos sin phase",
+        "q k",
+        f"{arguments}, cos, sin, phase, q, k, q_in_shape[2], q_in_shape[1]",
+    )
+
+
 _KERNELS = {
     "conv_norm": _Kernel(
         "ConvNorm<C, N>",
@@ -191,6 +236,11 @@ _KERNELS = {
         ", ".join(["static_cast<const device T*>(nullptr)"] * 5), "", "static_cast<device T*>(nullptr)", ""
     ),
     "views_conv": _views(_CONVOLUTIONS, _CONVOLUTIONS.replace(",", ""), "history_out", "history_out"),
+    "turned": _turned("q_in k_in", "q_in, k_in, " + ", ".join(["static_cast<const device T*>(nullptr)"] * 4)),
+    "turned_conv": _turned(
+        "q_in conv_q conv_q_bias conv_k conv_k_bias",
+        "q_in, static_cast<const device T*>(nullptr), conv_q, conv_q_bias, conv_k, conv_k_bias",
+    ),
 }
 
 
@@ -213,11 +263,16 @@ class _Like(NamedTuple):
 @functools.cache
 def _compiled(name: str) -> Callable:
     kernel = _KERNELS[name]
+    place = "threadgroup_position_in_grid, thread_index_in_threadgroup"
     body = f"""
     constexpr int SIZE = ttt::{kernel.memory}::MEMORY;
     threadgroup float memory[SIZE];
-    ttt::{kernel.function}({kernel.arguments}, memory, threadgroup_position_in_grid, thread_index_in_threadgroup,
-        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    ttt::{kernel.function}({kernel.arguments}, memory, {place}, simdgroup_index_in_threadgroup,
+        thread_index_in_simdgroup);
+    """
+    if not kernel.memory:
+        body = f"""
+    ttt::{kernel.function}({kernel.arguments}, {place});
     """
     return mx.fast.metal_kernel(  # type: ignore[return-value]
         name=f"ttt_{name}",
@@ -237,7 +292,7 @@ def _run(
     def by_kernel(*arrays: mx.array) -> list[mx.array]:
         return _launch(call, arrays, shapes)
 
-    if not _runs(call._replace(integers=()), tuple(_Like(x.shape, x.dtype) for x in arrays), tuple(shapes)):
+    if not _runs(_Trial(call, arrays, shapes)):
         return in_mlx(*arrays)
     return list(differentiable(by_kernel, in_mlx)(*arrays))
 
@@ -250,7 +305,7 @@ def _launch(call: _Call, arrays: Sequence[mx.array], outputs: Sequence[_Like]) -
 def _arguments(call: _Call, arrays: Sequence[mx.array], outputs: Sequence[_Like]) -> tuple[Callable, dict]:
     """The compiled kernel and the arguments of its call."""
     return _compiled(call.name), {
-        "inputs": [*arrays, *call.integers, mx.array(list(call.constants), mx.float32)],
+        "inputs": [*arrays, *call.integers, *([mx.array(list(call.constants), mx.float32)] if call.constants else [])],
         "template": [*call.sizes, ("T", arrays[0].dtype)],
         "grid": (call.threads * call.groups[0], call.groups[1], 1),
         "threadgroup": (call.threads, 1, 1),
@@ -259,18 +314,38 @@ def _arguments(call: _Call, arrays: Sequence[mx.array], outputs: Sequence[_Like]
     }
 
 
+class _Trial:
+    """A launch that shows whether the device runs a kernel. All launches of one source are the same trial."""
+
+    def __init__(self, call: _Call, arrays: Sequence[mx.array], outputs: Sequence[_Like]):
+        self._call, self._outputs = call, outputs
+        self._arrays = [_Like(x.shape, x.dtype) for x in arrays]
+        self._source = (call.name, call.sizes, call.threads, tuple(x.dtype for x in arrays))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Trial) and self._source == other._source
+
+    def __hash__(self) -> int:
+        return hash(self._source)
+
+    def run(self) -> None:
+        integers = tuple(mx.zeros(x.shape, x.dtype) for x in self._call.integers)
+        arrays = [mx.zeros(x.shape, x.dtype) for x in self._arrays]
+        mx.eval(_launch(self._call._replace(integers=integers), arrays, self._outputs))
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} = {n}" for name, n in self._call.sizes)
+        return f"ttt_{self._call.name} for {sizes}, {self._arrays[0].dtype}"
+
+
 @functools.cache
-def _runs(call: _Call, arrays: tuple[_Like, ...], outputs: tuple[_Like, ...]) -> bool:
+def _runs(trial: _Trial) -> bool:
     """Whether the device runs this kernel: a first launch shows it."""
-    B = outputs[0].shape[0]
-    integers = (mx.zeros(max(B, rule.SMALL), mx.int32),) if call.name.startswith("views") else ()
     try:
-        mx.eval(_launch(call._replace(integers=integers), [mx.zeros(x.shape, x.dtype) for x in arrays], outputs))
+        trial.run()
     except (RuntimeError, ValueError) as refusal:
-        sizes = ", ".join(f"{name} = {n}" for name, n in call.sizes)
         warnings.warn(
-            f"Metal kernel ttt_{call.name} for {sizes}, {arrays[0].dtype} does not run on this device: using MLX "
-            f"operations ({refusal})",
+            f"Metal kernel {trial} does not run on this device: using MLX operations ({refusal})",
             RuntimeWarning,
             stacklevel=2,
         )

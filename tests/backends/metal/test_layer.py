@@ -19,7 +19,8 @@ from tests.backends.metal.host.lint import lint
 from ...models import configuration
 from .cases import ROUNDING
 
-NAMES = ("conv_norm", "add_norm", "gated_norm", "views", "views_conv")
+NAMES = ("conv_norm", "add_norm", "gated_norm", "views", "views_conv", "turned", "turned_conv")
+T = 11  # tokens of a prompt
 
 
 class Case:
@@ -27,7 +28,7 @@ class Case:
 
     def __init__(self, name: str, *, H: int = 2, D: int = 16, K: int = 8, N: int = 3, B: int = 2, dtype=mx.float32):
         self.name, self.H, self.D, self.K, self.N, self.B, self.dtype = name, H, D, K, N, B, dtype
-        flags = "111" if name != "views" else "000"
+        flags = "111" if name not in ("views", "turned") else "000"
         sizes = {"hidden_size": H * D, "num_attention_heads": H, "mini_batch_size": K, "conv_kernel": N + 1}
         args = configuration("linear", flags, **sizes)
         self.key = mx.random.key(7)
@@ -48,6 +49,7 @@ class Case:
         C = self.H * self.D
         shapes = {"x": (self.B, 1, C), "added": (self.B, 1, C), "history": (self.B, self.N, C)}
         shapes["products"] = (self.B, 1, 3 * C)
+        shapes |= {"q": (self.B, T + self.N * (self.name == "turned_conv"), C), "k": (self.B, T, C)}
         found = {name: self.normal(*shape).astype(self.dtype) for name, shape in shapes.items()}
         return found | {"phase": mx.array(phase + [0] * max(rule.SMALL - len(phase), 0), mx.int32)}
 
@@ -59,6 +61,9 @@ class Case:
             return layer.add_norm(arrays["x"], arrays["added"], of["norm"])
         if self.name == "gated_norm":
             return [layer.gated_norm(arrays["x"], Part(arrays["products"], C, 2 * C), of["layer_norm"])]
+        if self.name.startswith("turned"):
+            k = arrays["k"] if self.name == "turned" else None
+            return list(layer.turned(of["ttt"], arrays["q"], k, arrays["phase"][: self.B].tolist()))
         parts = [Part(arrays["products"], i * C, (i + 1) * C) for i in (1, 0, 2)]
         history = arrays["history"] if self.name == "views_conv" else None
         tokens, t, history = layer.views(of["ttt"], arrays["x"], parts, history, arrays["phase"])
@@ -82,7 +87,24 @@ class Case:
             scale = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + norm.eps)
             y = centred * scale * _exact(norm.weight) + _exact(norm.bias)
             return [y * gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))]
+        if self.name.startswith("turned"):
+            return self._expected_turned(exact)
         return self._expected_views(exact)
+
+    def _expected_turned(self, exact: dict[str, np.ndarray]) -> list[np.ndarray]:
+        ttt, q, k = self.layers["ttt"], exact["q"], exact["k"]
+        if self.name == "turned_conv":
+            windows = [q[:, i : i + self.N + 1] for i in range(T)]
+            q, k = (np.concatenate([_conv(w, conv) for w in windows], axis=1) for conv in (ttt.conv_q, ttt.conv_k))
+        phase = (exact["phase"][: self.B, None] + np.arange(T)) % self.K
+        return [self._rotated(q, phase), self._rotated(k, phase)]
+
+    def _rotated(self, z: np.ndarray, phase: np.ndarray) -> np.ndarray:
+        """z [B, T, C] by the phases [B, T]: [B, T, H, D]"""
+        angles = phase[..., None] * 500.0 ** (-np.arange(0, self.D, 2) / self.D)  # [B, T, D / 2]
+        z = z.reshape(*phase.shape, self.H, self.D // 2, 2)
+        z = (z[..., 0] + 1j * z[..., 1]) * np.exp(1j * angles)[:, :, None]
+        return np.stack([z.real, z.imag], axis=-1).reshape(*phase.shape, self.H, self.D)
 
     def _expected_views(self, exact: dict[str, np.ndarray]) -> list[np.ndarray]:
         ttt, (C, H, D) = self.layers["ttt"], (self.H * self.D, self.H, self.D)
@@ -91,18 +113,11 @@ class Case:
         if self.name == "views_conv":
             inputs = np.concatenate([exact["history"], q], axis=1)
             q, k, histories = _conv(inputs, ttt.conv_q), _conv(inputs, ttt.conv_k), [inputs[:, 1:]]
-        angles = exact["phase"][: self.B, None] * 500.0 ** (-np.arange(0, D, 2) / D)  # [B, D / 2]
-        turn = np.exp(1j * angles)[:, None, None]
-
-        def rotated(z: np.ndarray) -> np.ndarray:
-            z = z.reshape(self.B, 1, H, D // 2, 2)
-            z = (z[..., 0] + 1j * z[..., 1]) * turn
-            return np.stack([z.real, z.imag], axis=-1).reshape(self.B, 1, H, D)
-
+        phase = exact["phase"][: self.B, None]
         gate = exact["x"] @ _exact(ttt.learnable_ttt_lr_weight)[:, 0].T + _exact(ttt.learnable_ttt_lr_bias)[:, 0]
         t = np.maximum(1 / np.arange(1, self.K + 1) + _exact(ttt.learnable_token_idx), 0)
         lr = 0.7 / D / (1 + np.exp(-gate))
-        return [rotated(q), rotated(k), v.reshape(self.B, 1, H, D), lr, t, *histories]
+        return [self._rotated(q, phase), self._rotated(k, phase), v.reshape(self.B, 1, H, D), lr, t, *histories]
 
 
 def _flat(module) -> list:
@@ -183,6 +198,7 @@ def test_gradients_are_those_of_the_formulas_in_mlx(kernels, monkeypatch, name):
     case = Case(name)
     arrays = case.arrays([2, 5])
     phase = arrays.pop("phase")
+    arrays = {name: x for name, x in arrays.items() if name[0] not in "qk" or case.name.startswith("turned")}
 
     def of(arrays: dict[str, mx.array]) -> mx.array:
         outputs = case.call(arrays | {"phase": phase})
@@ -285,6 +301,16 @@ MUTATIONS = {
     "a token factor below zero": ("views", "max(1.0f / (i + 1) + token_idx[i], 0.0f)", "1.0f / (i + 1)", 0),
     "variance about zero": ("gated_norm", "values[i] -= mean", "values[i] -= 0 * mean", 0),
     "no gate": ("gated_norm", "* gelu(float(gate[c])).value", "", 0),
+    "a prompt's phase": ("turned", "(phase[sequence] + token) % K", "token % K", 0),
+    "a prompt's phase past a mini-batch": (
+        "turned",
+        "(phase[sequence] + token) % K",
+        "min(phase[sequence] + token, K - 1)",
+        0,
+    ),
+    "a prompt's keys by the queries' taps": ("turned_conv", "C, conv_k + channel", "C, conv_q + channel", 0),
+    "a token later in a prompt": ("turned_conv", "length + token) * C;  // of", "length + token + 1) * C;  // of", 0),
+    "another sequence of a prompt": ("turned", "size_t(sequence) * tokens + token", "size_t(0) * tokens + token", 0),
     "nothing added": ("add_norm", "float(x[c]) + float(added[c])", "float(x[c])", 0),
 }
 FAST = ("no barrier in a sum", "rotated the other way")
