@@ -126,7 +126,7 @@ class TestGenerate:
             (["-p", "a", "--save-state", ""], "is not a file"),
             (["-p", "a", "--save-state", "/dev/null"], "/dev/null: exists and is not a file"),
             (["--load-state", ""], "cannot be read"),
-            (["--load-state", "nowhere.state"], "nowhere.state: no such file"),
+            (["--load-state", "nowhere.state"], "nowhere.state: the state cannot be read: no such file"),
             (["--load-state", "README.md"], "README.md: the state cannot be read"),
         ],
     )

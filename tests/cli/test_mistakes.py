@@ -134,7 +134,7 @@ def _needed(command: click.Command, value: str) -> list[str]:
         (["serve", "--model", "tests", "--model", "tests", "--port", "0"], "tests"),
         (["chat", "-m", "0"], "--max-tokens 0"),
         (["chat", "--system", "a"], "chat template"),
-        (["chat", "--load-state", "nowhere"], "nowhere: no such file"),
+        (["chat", "--load-state", "nowhere"], "nowhere: the state cannot be read: no such file"),
         (["doctor", "-o", "no/such/folder"], "--output no/such/folder"),
     ],
 )
