@@ -1,4 +1,5 @@
 import Foundation
+import TTTCoreAI
 import TTTFormats
 import TTTKit
 

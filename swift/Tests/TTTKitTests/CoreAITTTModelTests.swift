@@ -2,6 +2,7 @@ import TTTFormats
 import TTTReference
 import XCTest
 
+@testable import TTTCoreAI
 @testable import TTTKit
 
 #if os(Linux)

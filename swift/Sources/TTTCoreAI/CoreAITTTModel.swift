@@ -3,6 +3,7 @@
 import CoreAI
 import Foundation
 import TTTFormats
+import TTTKit
 
 /// A TTT model in a Core AI bundle, the folder that `convert.py coreai` writes.
 ///
@@ -139,7 +140,7 @@ public actor CoreAITTTModel: TTTModel {
     private static func scalarType(of function: InferenceFunctionDescriptor, _ groups: StateGroups) throws -> NDArray.ScalarType {
         var types: Set<NDArray.ScalarType> = []
         for group in groups.groups {
-            guard case .ndArray(let descriptor)? = function.stateDescriptor(of: group.name), descriptor.shape == group.shape
+            guard case .ndArray(let descriptor) = function.stateDescriptor(of: group.name), descriptor.shape == group.shape
             else { throw TTTError.notATTTPackage("its state \(group.name) is not that of its metadata") }
             types.insert(descriptor.scalarType)
         }
