@@ -3,7 +3,8 @@
 import Foundation
 import PackageDescription
 
-// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile and run.
+// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile
+// and run.
 #if os(Linux)
 let standIns: [Target] = [
     .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML"),
@@ -32,7 +33,8 @@ let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageD
             path: "\(testsPath)/TTTReferenceTests"),
         .testTarget(
             name: "TTTKitTests",
-            dependencies: ["TTTKit", "TTTCoreAI", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"] + coreML + coreAI,
+            dependencies: ["TTTKit", "TTTCoreAI", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"]
+                + coreML + coreAI,
             path: "\(testsPath)/TTTKitTests"),
         .testTarget(
             name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],

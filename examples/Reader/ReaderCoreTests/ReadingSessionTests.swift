@@ -5,7 +5,8 @@ import XCTest
 
 final class ReadingSessionTests: ReaderTestCase {
     @MainActor private func session(_ generator: TTTGenerator, maxTokens: Int = 12) -> ReadingSession {
-        ReadingSession(generator: generator, shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: maxTokens))
+        ReadingSession(
+            generator: generator, shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: maxTokens))
     }
 
     @MainActor func testReadsABookAndGoesOn() async throws {
@@ -107,7 +108,8 @@ final class ReadingSessionTests: ReaderTestCase {
         await session.finish()
         let first = session.written
 
-        let other = ReadingSession(generator: try generator(), shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: 5))
+        let other = ReadingSession(
+            generator: try generator(), shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: 5))
         other.recall(try XCTUnwrap(shelf.states.first))
         await other.finish()
         XCTAssertEqual([other.title, other.written], ["The beginning", ""])

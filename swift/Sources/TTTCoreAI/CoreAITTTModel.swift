@@ -7,9 +7,9 @@ import TTTKit
 
 /// A TTT model in a Core AI bundle, the folder that `convert.py coreai` writes.
 ///
-/// It calls the bundle's `main`, which reads any number of tokens at any place of a text and keeps its state in three arrays.
-/// (`decode` and `prefill` keep one for each layer and part. Views of so many arrays at once ask for parts of Swift that
-/// are not settled yet.)
+/// It calls the bundle's `main`, which reads any number of tokens at any place of a text and keeps its state in three
+/// arrays. (`decode` and `prefill` keep one for each layer and part. Views of so many arrays at once ask for parts of
+/// Swift that are not settled yet.)
 @available(macOS 27, iOS 27, tvOS 27, visionOS 27, watchOS 27, *)
 public actor CoreAITTTModel: TTTModel {
     /// What the package says of itself.
@@ -49,7 +49,8 @@ public actor CoreAITTTModel: TTTModel {
     }
 
     init(
-        bundle: URL, source: ModelSource, options: SpecializationOptions = SpecializationOptions(preferredComputeUnitKind: .gpu)
+        bundle: URL, source: ModelSource,
+        options: SpecializationOptions = SpecializationOptions(preferredComputeUnitKind: .gpu)
     ) async throws {
         let description = try BundleDescription(bundle)
         let function: InferenceFunction?
@@ -84,7 +85,8 @@ public actor CoreAITTTModel: TTTModel {
         try await read([token], position: position)
     }
 
-    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights, in its own
+    /// precision.
     public func state(position: Int) throws -> [LayerState] {
         guard let arrays else { throw TTTError.stateLost }
         let values = Dictionary(uniqueKeysWithValues: zip(Arrays.names, arrays.all.map(Self.numbers)))
@@ -137,10 +139,13 @@ public actor CoreAITTTModel: TTTModel {
 
     // MARK: - The state
 
-    private static func scalarType(of function: InferenceFunctionDescriptor, _ groups: StateGroups) throws -> NDArray.ScalarType {
+    private static func scalarType(of function: InferenceFunctionDescriptor, _ groups: StateGroups) throws
+        -> NDArray.ScalarType
+    {
         var types: Set<NDArray.ScalarType> = []
         for group in groups.groups {
-            guard case .ndArray(let descriptor) = function.stateDescriptor(of: group.name), descriptor.shape == group.shape
+            guard case .ndArray(let descriptor) = function.stateDescriptor(of: group.name),
+                descriptor.shape == group.shape
             else { throw TTTError.notATTTPackage("its state \(group.name) is not that of its metadata") }
             types.insert(descriptor.scalarType)
         }
@@ -161,7 +166,8 @@ public actor CoreAITTTModel: TTTModel {
             fill(&array, with: numbers(group))
             return array
         }
-        return Arrays(weights: try array(Arrays.names[0]), inputs: try array(Arrays.names[1]), errors: try array(Arrays.names[2]))
+        return Arrays(
+            weights: try array(Arrays.names[0]), inputs: try array(Arrays.names[1]), errors: try array(Arrays.names[2]))
     }
 
     /// The state before the first token.
@@ -176,7 +182,9 @@ public actor CoreAITTTModel: TTTModel {
         let runs = StridedMemory(shape: array.shape, strides: array.strides).runs
         if array.scalarType == .float16 {
             array.view(as: Float16.self).withUnsafePointer { memory, _, _ in
-                for run in runs { for i in run.inMemory..<run.inMemory + run.count { numbers.append(Float(memory[i])) } }
+                for run in runs {
+                    for i in run.inMemory..<run.inMemory + run.count { numbers.append(Float(memory[i])) }
+                }
             }
         } else {
             array.view(as: Float.self).withUnsafePointer { memory, _, _ in
@@ -191,7 +199,9 @@ public actor CoreAITTTModel: TTTModel {
         if array.scalarType == .float16 {
             let view = array.mutableView(as: Float16.self)
             view.withUnsafeMutablePointer { memory, _, _ in
-                for run in runs { for i in 0..<run.count { memory[run.inMemory + i] = Float16(numbers[run.packed + i]) } }
+                for run in runs {
+                    for i in 0..<run.count { memory[run.inMemory + i] = Float16(numbers[run.packed + i]) }
+                }
             }
         } else {
             let view = array.mutableView(as: Float.self)

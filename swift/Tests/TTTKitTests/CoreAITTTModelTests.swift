@@ -69,7 +69,8 @@ final class CoreAITTTModelTests: XCTestCase {
     }
 
     func testTheTextIsPythonsUpToTheNearTie() async throws {
-        let generator = TTTGenerator(model: try await load("linear"), tokenizer: try JSONTokenizer(folder: Files.bundled))
+        let generator = TTTGenerator(
+            model: try await load("linear"), tokenizer: try JSONTokenizer(folder: Files.bundled))
         let expected = try Files.json("linear.json")
         var text = ""
         let options = TTTOptions(maxTokens: 32, endTokens: [])
@@ -146,7 +147,8 @@ final class CoreAITTTModelTests: XCTestCase {
         let flat = NDArray(scalars: [Int32(5)], shape: [1])
         for (message, inputs) in [
             ("has inputs", ["inputIds": ids, "position_ids": ids]), ("has inputs", ["input_ids": ids]),
-            ("holds", ["input_ids": floats, "position_ids": ids]), ("input_ids is", ["input_ids": flat, "position_ids": ids]),
+            ("holds", ["input_ids": floats, "position_ids": ids]),
+            ("input_ids is", ["input_ids": flat, "position_ids": ids]),
             ("has states", ["input_ids": ids, "position_ids": ids]),
         ] {
             do {
@@ -171,7 +173,8 @@ private struct Reader {
         while done < ids.count {
             let count = done % info.miniBatchSize == 0 ? min(info.prefillTokens, ids.count - done) : 1
             let padding = [Int](repeating: 0, count: info.prefillTokens - count)
-            logits = count == 1
+            logits =
+                count == 1
                 ? try await model.decode(ids[done], position: done % info.miniBatchSize)
                 : try await model.prefill(Array(ids[done..<done + count]) + padding, length: count)
             done += count
