@@ -34,7 +34,9 @@ final class ReadingSessionTests: ReaderTestCase {
         let session = session(try generator { await gate.pass() })
         session.open(Book(file: try write(String(repeating: "x", count: 40), to: "Long.txt")))
         await gate.reached()
-        for _ in 0..<1000 where session.activity != .reading(done: 16, total: 40) { await Task.yield() }
+        for _ in 0..<5000 where session.activity != .reading(done: 16, total: 40) {
+            try await Task.sleep(for: .milliseconds(1))
+        }
         XCTAssertEqual(session.activity, .reading(done: 16, total: 40))
         await gate.open()
         await session.finish()
@@ -65,7 +67,11 @@ final class ReadingSessionTests: ReaderTestCase {
 
     @MainActor func testStoppedWritingLeavesAStateThatGoesOn() async throws {
         let gate = Gate(after: 4)
-        let session = session(try generator { await gate.pass() }, maxTokens: 1000)
+        let model: @Sendable () async -> Void = {
+            await gate.pass()
+            await MainActor.run {}  // a call takes long enough for the session to notice that it shall stop
+        }
+        let session = session(try generator(pace: model), maxTokens: 1000)
         session.open(Book(file: try write("Once", to: "Tale.txt")))
         await session.finish()
         session.goOn()
