@@ -19,8 +19,6 @@ public actor CoreAITTTModel: TTTModel {
     private let groups: StateGroups
     private let start: [LayerState]
     private let scalarType: NDArray.ScalarType
-    /// Tokens of the open mini-batch that are read.
-    private var phase = 0
     /// Nil while a call runs, and after one has failed.
     private var arrays: Arrays?
 
@@ -113,9 +111,7 @@ public actor CoreAITTTModel: TTTModel {
 
     /// - Parameter position: of the first token in its mini-batch.
     private func read(_ tokens: [Int], position: Int) async throws -> [Float] {
-        guard let arrays else { throw TTTError.stateLost }
-        var (weights, inputs, errors) = (arrays.weights, arrays.inputs, arrays.errors)
-        self.arrays = nil  // so that the call has the only reference: writing in place copies nothing
+        var (weights, inputs, errors) = Self.apart(try takeArrays())
         var states = InferenceFunction.MutableViews()
         states.insert(&weights, for: Arrays.names[0])
         states.insert(&inputs, for: Arrays.names[1])
@@ -128,13 +124,24 @@ public actor CoreAITTTModel: TTTModel {
                 "position_ids": NDArray(scalars: positions, shape: [1, positions.count]),
             ],
             states: consume states)
-        self.arrays = Arrays(weights: weights, inputs: inputs, errors: errors)
+        arrays = Arrays(weights: weights, inputs: inputs, errors: errors)
         guard let logits = outputs.remove("logits")?.ndArray else { throw TTTError.unexpectedOutput("no logits") }
         let shape = [1, tokens.count, info.vocabularySize]
         guard logits.shape == shape, logits.scalarType == .float16 else {
             throw TTTError.unexpectedOutput("logits \(logits.shape), expected \(shape) in float16")
         }
         return Array(Self.numbers(logits).suffix(info.vocabularySize))
+    }
+
+    /// For a call, which has the only reference to them then: writing in place copies nothing.
+    private func takeArrays() throws -> Arrays {
+        guard let taken = arrays else { throw TTTError.stateLost }
+        arrays = nil
+        return taken
+    }
+
+    private static func apart(_ arrays: Arrays) -> (weights: NDArray, inputs: NDArray, errors: NDArray) {
+        (arrays.weights, arrays.inputs, arrays.errors)
     }
 
     // MARK: - The state

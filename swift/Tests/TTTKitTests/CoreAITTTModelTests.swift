@@ -79,6 +79,13 @@ final class CoreAITTTModelTests: XCTestCase {
         XCTAssertTrue(expected["greedy_text"]?.string?.hasPrefix(text) ?? false, text)
     }
 
+    func testStatesAreWrittenInPlace() async throws {
+        let model = try await load("linear")
+        let before = StandIn.shared.copies
+        for position in 0..<20 { _ = try await model.decode(5, position: position % 16) }
+        XCTAssertEqual(StandIn.shared.copies, before)
+    }
+
     func testCallsAtOnceAreRefused() async throws {
         let model = try await load("linear")
         let second = Second()
