@@ -3,7 +3,8 @@
 import Foundation
 import PackageDescription
 
-// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile and run.
+// Core ML and Core AI exist on Apple's systems only. On Linux stand-ins of those names let the very same files compile
+// and run.
 #if os(Linux)
 let standIns: [Target] = [
     .target(name: "CoreML", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreML"),
@@ -11,10 +12,12 @@ let standIns: [Target] = [
         name: "CoreAI", dependencies: ["TTTFormats", "TTTReference"], path: "swift/StandIns/CoreAI",
         swiftSettings: [.enableExperimentalFeature("Lifetimes")]),
 ]
-let frameworks: [Target.Dependency] = ["CoreML", "CoreAI"]
+let coreML: [Target.Dependency] = ["CoreML"]
+let coreAI: [Target.Dependency] = ["CoreAI"]
 #else
 let standIns: [Target] = []
-let frameworks: [Target.Dependency] = []
+let coreML: [Target.Dependency] = []
+let coreAI: [Target.Dependency] = []
 #endif
 
 // The copy beside an exported package comes without tests.
@@ -30,7 +33,8 @@ let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageD
             path: "\(testsPath)/TTTReferenceTests"),
         .testTarget(
             name: "TTTKitTests",
-            dependencies: ["TTTKit", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"] + frameworks,
+            dependencies: ["TTTKit", "TTTCoreAI", "TTTFormats", "TTTReference", "TTTTestSupport", "TTTTrials"]
+                + coreML + coreAI,
             path: "\(testsPath)/TTTKitTests"),
         .testTarget(
             name: "TTTCommandTests", dependencies: ["TTTCommand", "TTTFormats", "TTTKit", "TTTTestSupport"],
@@ -41,22 +45,27 @@ let tests: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageD
 let readerPath = "examples/Reader"
 let reader: [Target] = FileManager.default.fileExists(atPath: "\(Context.packageDirectory)/\(readerPath)")
     ? [
-        .target(name: "ReaderCore", dependencies: ["TTTKit"] + frameworks, path: "\(readerPath)/ReaderCore"),
+        .target(name: "ReaderCore", dependencies: ["TTTKit"] + coreML, path: "\(readerPath)/ReaderCore"),
         .testTarget(
-            name: "ReaderCoreTests", dependencies: ["ReaderCore", "TTTKit", "TTTFormats", "TTTTestSupport"] + frameworks,
+            name: "ReaderCoreTests", dependencies: ["ReaderCore", "TTTKit", "TTTFormats", "TTTTestSupport"] + coreML,
             path: "\(readerPath)/ReaderCoreTests"),
     ] : []
 
 let package = Package(
     name: "TTTKit",
     platforms: [.macOS(.v15), .iOS(.v18), .tvOS(.v18), .visionOS(.v2), .watchOS(.v11)],
-    products: [.library(name: "TTTKit", targets: ["TTTKit"]), .executable(name: "ttt", targets: ["ttt"])],
+    products: [
+        .library(name: "TTTKit", targets: ["TTTKit"]), .library(name: "TTTCoreAI", targets: ["TTTCoreAI"]),
+        .executable(name: "ttt", targets: ["ttt"]),
+    ],
     targets: [
         .target(name: "TTTFormats", path: "swift/Sources/TTTFormats"),
         .target(name: "TTTReference", dependencies: ["TTTFormats"], path: "swift/Sources/TTTReference"),
-        .target(name: "TTTKit", dependencies: ["TTTFormats"] + frameworks, path: "swift/Sources/TTTKit"),
+        .target(name: "TTTKit", dependencies: ["TTTFormats"] + coreML, path: "swift/Sources/TTTKit"),
+        // By itself, so that what Core AI's first SDKs may change breaks nothing that runs in Core ML.
+        .target(name: "TTTCoreAI", dependencies: ["TTTFormats", "TTTKit"] + coreAI, path: "swift/Sources/TTTCoreAI"),
         .target(
-            name: "TTTCommand", dependencies: ["TTTFormats", "TTTKit", "TTTReference"] + frameworks,
+            name: "TTTCommand", dependencies: ["TTTCoreAI", "TTTFormats", "TTTKit", "TTTReference"] + coreML + coreAI,
             path: "swift/Sources/TTTCommand"),
         .executableTarget(name: "ttt", dependencies: ["TTTCommand"], path: "swift/Sources/ttt"),
     ] + standIns + tests + reader,

@@ -27,7 +27,8 @@ final class AppModel {
         do {
             guard let folder = Bundle.main.resourceURL else { throw ReaderError.noModel }
             let files = try ModelFiles(in: folder)
-            let session = ReadingSession(generator: try await files.generator(), shelf: states, options: files.options())
+            let session = ReadingSession(
+                generator: try await files.generator(), shelf: states, options: files.options())
             loading = .ready(session, files)
         } catch {
             loading = .failed(Problem(error) ?? .reader(.noModel))

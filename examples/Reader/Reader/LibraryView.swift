@@ -22,13 +22,13 @@ struct LibraryView: View {
                             session.open(book)
                             column = .detail
                         }
-                            .disabled(!session.isResting)
-                            .accessibilityHint("Reads this text from the start")
-                            .swipeActions {
-                                if books.isAdded(book) {
-                                    Button("Remove", role: .destructive) { books.remove(book) }
-                                }
+                        .disabled(!session.isResting)
+                        .accessibilityHint("Reads this text from the start")
+                        .swipeActions {
+                            if books.isAdded(book) {
+                                Button("Remove", role: .destructive) { books.remove(book) }
                             }
+                        }
                     }
                 }
                 Section("Remembered") {

@@ -38,7 +38,9 @@ final class StateShelf {
 
     /// The state first, then its note: what is shown is whole.
     @discardableResult
-    func save(_ generator: TTTGenerator, title: String, id: UUID = UUID(), date: Date = Date()) async throws -> SavedState {
+    func save(_ generator: TTTGenerator, title: String, id: UUID = UUID(), date: Date = Date()) async throws
+        -> SavedState
+    {
         try FileManager.default.createDirectory(at: folder, withIntermediateDirectories: true)
         let state = SavedState(id: id, title: title, tokens: await generator.position, date: date)
         try await generator.save(to: file(of: state))

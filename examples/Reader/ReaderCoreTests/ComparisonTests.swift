@@ -64,7 +64,8 @@ final class ComparisonTests: ReaderTestCase {
         let shelf = StateShelf(folder: states)
         let states = try await saved(["Once", "Twice"], shelf)
         let gate = Gate(after: 6)
-        let comparison = Comparison(states, generator: try generator { await gate.pass() }, shelf: shelf, tokensPerTurn: 4)
+        let comparison = Comparison(
+            states, generator: try generator { await gate.pass() }, shelf: shelf, tokensPerTurn: 4)
         comparison.start("", options: TTTOptions(maxTokens: 1000))
         await gate.reached()
         comparison.stop()

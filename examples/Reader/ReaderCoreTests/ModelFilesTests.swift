@@ -30,7 +30,8 @@ final class ModelFilesTests: ReaderTestCase {
         for layer in 0..<4 {
             for name in ["W1", "b1"] {
                 let tensor = try weights.tensor("model.layers.\(layer).seq_modeling_block.\(name)")
-                source.add("\(layer).\(name)", type: "F32", shape: [1] + tensor.shape, bytes: littleEndian(tensor.values))
+                source.add(
+                    "\(layer).\(name)", type: "F32", shape: [1] + tensor.shape, bytes: littleEndian(tensor.values))
             }
         }
         try source.encoded().write(to: app.appendingPathComponent("source.safetensors"))
@@ -42,7 +43,8 @@ final class ModelFilesTests: ReaderTestCase {
         let files = try ModelFiles(in: appWithModel())
         let generator = try await files.generator()
         let shelf = StateShelf(folder: states)
-        let session = ReadingSession(generator: generator, shelf: shelf, options: TTTOptions(maxTokens: 8, endTokens: []))
+        let session = ReadingSession(
+            generator: generator, shelf: shelf, options: TTTOptions(maxTokens: 8, endTokens: []))
         session.open(Book(file: try write("ROMEO:\nBut, soft! what light through yonder", to: "Romeo.txt")))
         await session.finish()
         session.remember(as: "Light")

@@ -32,7 +32,9 @@ func generator(failsAtCall: Int? = nil, pace: @escaping @Sendable () async -> Vo
 /// What a fresh model writes after this text.
 func expected(_ text: String, _ maxTokens: Int) async throws -> String {
     var written = ""
-    for try await piece in try generator().generate(text, options: TTTOptions(maxTokens: maxTokens)) { written += piece }
+    for try await piece in try generator().generate(text, options: TTTOptions(maxTokens: maxTokens)) {
+        written += piece
+    }
     return written
 }
 

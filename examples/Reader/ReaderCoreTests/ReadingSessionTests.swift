@@ -5,7 +5,8 @@ import XCTest
 
 final class ReadingSessionTests: ReaderTestCase {
     @MainActor private func session(_ generator: TTTGenerator, maxTokens: Int = 12) -> ReadingSession {
-        ReadingSession(generator: generator, shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: maxTokens))
+        ReadingSession(
+            generator: generator, shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: maxTokens))
     }
 
     @MainActor func testReadsABookAndGoesOn() async throws {
@@ -33,7 +34,9 @@ final class ReadingSessionTests: ReaderTestCase {
         let session = session(try generator { await gate.pass() })
         session.open(Book(file: try write(String(repeating: "x", count: 40), to: "Long.txt")))
         await gate.reached()
-        for _ in 0..<1000 where session.activity != .reading(done: 16, total: 40) { await Task.yield() }
+        for _ in 0..<5000 where session.activity != .reading(done: 16, total: 40) {
+            try await Task.sleep(for: .milliseconds(1))
+        }
         XCTAssertEqual(session.activity, .reading(done: 16, total: 40))
         await gate.open()
         await session.finish()
@@ -64,7 +67,11 @@ final class ReadingSessionTests: ReaderTestCase {
 
     @MainActor func testStoppedWritingLeavesAStateThatGoesOn() async throws {
         let gate = Gate(after: 4)
-        let session = session(try generator { await gate.pass() }, maxTokens: 1000)
+        let model: @Sendable () async -> Void = {
+            await gate.pass()
+            await MainActor.run {}  // a call takes long enough for the session to notice that it shall stop
+        }
+        let session = session(try generator(pace: model), maxTokens: 1000)
         session.open(Book(file: try write("Once", to: "Tale.txt")))
         await session.finish()
         session.goOn()
@@ -107,7 +114,8 @@ final class ReadingSessionTests: ReaderTestCase {
         await session.finish()
         let first = session.written
 
-        let other = ReadingSession(generator: try generator(), shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: 5))
+        let other = ReadingSession(
+            generator: try generator(), shelf: StateShelf(folder: states), options: TTTOptions(maxTokens: 5))
         other.recall(try XCTUnwrap(shelf.states.first))
         await other.finish()
         XCTAssertEqual([other.title, other.written], ["The beginning", ""])

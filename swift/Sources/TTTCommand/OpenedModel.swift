@@ -1,9 +1,10 @@
 import Foundation
+import TTTCoreAI
 import TTTFormats
 import TTTKit
 
-/// What runs behind `--model DIR`: a package and its companions in Core ML, a bundle in Core AI, or a model directory on the
-/// reference network.
+/// What runs behind `--model DIR`: a package and its companions in Core ML, a bundle in Core AI, or a model directory on
+/// the reference network.
 struct OpenedModel {
     let model: any TTTModel
     let tokenizer: JSONTokenizer

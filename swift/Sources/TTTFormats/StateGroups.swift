@@ -1,5 +1,5 @@
-/// The arrays in which `main` of a Core AI bundle keeps a state: each holds some parts of a `StateLayout`, one below the
-/// other, [layers, H, rows, D]. `mlx_ttt/export/coreai/state.py` is where this comes from.
+/// The arrays in which `main` of a Core AI bundle keeps a state: each holds some parts of a `StateLayout`, one below
+/// the other, [layers, H, rows, D]. `mlx_ttt/export/coreai/state.py` is where this comes from.
 package struct StateGroups: Sendable, Equatable {
     package struct Group: Sendable, Equatable {
         package let name: String
@@ -26,7 +26,8 @@ package struct StateGroups: Sendable, Equatable {
                 guard let rows = part.string.flatMap({ layout.extents[$0] }) else { throw damage }
                 return Array(rows)
             }
-            return Group(name: group.key, shape: [layout.layers, layout.heads, rows.count, layout.headDim], packedRows: rows)
+            return Group(
+                name: group.key, shape: [layout.layers, layout.heads, rows.count, layout.headDim], packedRows: rows)
         }
         guard groups.flatMap(\.packedRows).sorted() == Array(0..<layout.shape[2]) else { throw damage }
         self.layout = layout

@@ -86,7 +86,8 @@ public actor CoreMLTTTModel: TTTModel {
         return try predict(["inputIds": tokens, "position": Self.integers([position], shape: [1])], isDecode: true)
     }
 
-    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights, in its own
+    /// precision.
     public func state(position: Int) throws -> [LayerState] {
         let contents: Data
         switch memory {
@@ -129,10 +130,12 @@ public actor CoreMLTTTModel: TTTModel {
     public func reset() throws {
         var isSeparate = false
         if case .separate = memory { isSeparate = true }
-        memory = try Self.empty(decoder: decoder, prefiller: isSeparate ? loadedPrefiller() : nil, isSeparate: isSeparate)
+        let prefiller = isSeparate ? try loadedPrefiller() : nil
+        memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: isSeparate)
     }
 
-    /// Unloads the function that reads prompts. The next prompt of more than a token loads it again, which may take a while.
+    /// Unloads the function that reads prompts. The next prompt of more than a token loads it again, which may take a
+    /// while.
     public func giveBackMemory() {
         if case .separate = memory { return }  // its state goes from one model to the other
         prefiller = nil

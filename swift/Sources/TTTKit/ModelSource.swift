@@ -8,9 +8,9 @@ public struct ModelSource: Sendable, Equatable {
     /// The same without the tokenizer, which the package has too.
     let modelFingerprint: String
     /// Of the inner models before the first token, (W1, b1[, W2, b2]) of each layer, [1, H, ·, ·].
-    let startWeights: [[Tensor]]
+    package let startWeights: [[Tensor]]
 
-    init(fingerprint: String, modelFingerprint: String, startWeights: [[Tensor]]) {
+    package init(fingerprint: String, modelFingerprint: String, startWeights: [[Tensor]]) {
         self.fingerprint = fingerprint
         self.modelFingerprint = modelFingerprint
         self.startWeights = startWeights

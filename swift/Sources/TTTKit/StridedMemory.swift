@@ -1,18 +1,18 @@
 /// Where the scalars of an array lie in memory that may have gaps, against row-major order without any.
-struct StridedMemory {
+package struct StridedMemory {
     /// A run of scalars that are neighbours in both.
-    struct Run: Equatable {
-        var inMemory: Int
-        var packed: Int
-        var count: Int
+    package struct Run: Equatable {
+        package var inMemory: Int
+        package var packed: Int
+        package var count: Int
     }
 
-    let runs: [Run]
+    package let runs: [Run]
 
     /// - Parameters:
     ///   - shape: scalars along each dimension.
     ///   - strides: scalars in memory from one to the next along each dimension.
-    init(shape: [Int], strides: [Int]) {
+    package init(shape: [Int], strides: [Int]) {
         // The innermost dimensions without gaps make one run.
         var inner = shape.count
         var count = 1

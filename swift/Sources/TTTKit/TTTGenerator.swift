@@ -164,8 +164,8 @@ public actor TTTGenerator {
         return ["The state was made with \(weights) weights and goes on with \(info.weights): the text may differ a little."]
     }
 
-    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is, also if
-    /// the app is killed meanwhile.
+    /// Writes the state to a file that `mlx_ttt.load_state` reads. An older file stays whole until the new one is, also
+    /// if the app is killed meanwhile.
     ///
     /// - Throws: `TTTError.unwritableFile`, `.stateLost`.
     public func save(to file: URL) async throws {

@@ -19,14 +19,16 @@ public struct SpecializationOptions: Sendable {
     }
 }
 
-/// Its functions are those of `interface.json`, which Apple's runtime has said of the program; the program is not there.
+/// Its functions are those of `interface.json`, which is what Apple's runtime said of the program. That is not there.
 public struct AIModel: Sendable {
     private let descriptors: [String: InferenceFunctionDescriptor]
     private let interpreter: Interpreter
 
     public init(contentsOf modelURL: URL, options: SpecializationOptions = .default) async throws {
         let interface = try JSON(Data(contentsOf: modelURL.appendingPathComponent("interface.json")))
-        let pairs = try (interface.members ?? []).map { ($0.key, try InferenceFunctionDescriptor(name: $0.key, $0.value)) }
+        let pairs = try (interface.members ?? []).map {
+            ($0.key, try InferenceFunctionDescriptor(name: $0.key, $0.value))
+        }
         descriptors = Dictionary(uniqueKeysWithValues: pairs)
         interpreter = try Interpreter(bundle: modelURL.deletingLastPathComponent())
     }

@@ -35,6 +35,7 @@ public struct NDArray {
 
         convenience init(copying other: Storage) {
             self.init(byteCount: other.memory.count)
+            StandIn.shared.countCopy()
             memory.copyMemory(from: UnsafeRawBufferPointer(other.memory))
         }
 

@@ -9,7 +9,16 @@ public final class StandIn: @unchecked Sendable {
     private var sources: [String: URL] = [:]
     private var hook: (@Sendable () async -> Void)?
 
+    private var copied = 0
+
     private init() {}
+
+    /// How many arrays have been copied because somebody else had them too.
+    public var copies: Int { lock.withLock { copied } }
+
+    func countCopy() {
+        lock.withLock { copied += 1 }
+    }
 
     /// - Parameter source: the model directory that the bundle was exported from.
     public func register(_ source: URL, for bundle: URL) {

@@ -2,6 +2,7 @@ import TTTFormats
 import TTTReference
 import XCTest
 
+@testable import TTTCoreAI
 @testable import TTTKit
 
 #if os(Linux)
@@ -68,13 +69,21 @@ final class CoreAITTTModelTests: XCTestCase {
     }
 
     func testTheTextIsPythonsUpToTheNearTie() async throws {
-        let generator = TTTGenerator(model: try await load("linear"), tokenizer: try JSONTokenizer(folder: Files.bundled))
+        let generator = TTTGenerator(
+            model: try await load("linear"), tokenizer: try JSONTokenizer(folder: Files.bundled))
         let expected = try Files.json("linear.json")
         var text = ""
         let options = TTTOptions(maxTokens: 32, endTokens: [])
         for try await piece in generator.generate(expected["prompt"]?.string ?? "", options: options) { text += piece }
         XCTAssertGreaterThan(text.count, 60)
         XCTAssertTrue(expected["greedy_text"]?.string?.hasPrefix(text) ?? false, text)
+    }
+
+    func testStatesAreWrittenInPlace() async throws {
+        let model = try await load("linear")
+        let before = StandIn.shared.copies
+        for position in 0..<20 { _ = try await model.decode(5, position: position % 16) }
+        XCTAssertEqual(StandIn.shared.copies, before)
     }
 
     func testCallsAtOnceAreRefused() async throws {
@@ -145,7 +154,8 @@ final class CoreAITTTModelTests: XCTestCase {
         let flat = NDArray(scalars: [Int32(5)], shape: [1])
         for (message, inputs) in [
             ("has inputs", ["inputIds": ids, "position_ids": ids]), ("has inputs", ["input_ids": ids]),
-            ("holds", ["input_ids": floats, "position_ids": ids]), ("input_ids is", ["input_ids": flat, "position_ids": ids]),
+            ("holds", ["input_ids": floats, "position_ids": ids]),
+            ("input_ids is", ["input_ids": flat, "position_ids": ids]),
             ("has states", ["input_ids": ids, "position_ids": ids]),
         ] {
             do {
@@ -170,7 +180,8 @@ private struct Reader {
         while done < ids.count {
             let count = done % info.miniBatchSize == 0 ? min(info.prefillTokens, ids.count - done) : 1
             let padding = [Int](repeating: 0, count: info.prefillTokens - count)
-            logits = count == 1
+            logits =
+                count == 1
                 ? try await model.decode(ids[done], position: done % info.miniBatchSize)
                 : try await model.prefill(Array(ids[done..<done + count]) + padding, length: count)
             done += count

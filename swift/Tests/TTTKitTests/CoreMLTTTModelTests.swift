@@ -83,16 +83,18 @@ final class CoreMLTTTModelTests: XCTestCase {
         }
     }
 
-    /// Two logits may change places if they are as near as this, as a share of the largest: half a unit in the last place
-    /// of float16, and the state's rounding.
+    /// Two logits may change places if they are as near as this, as a share of the largest: half a unit in the last
+    /// place of float16, and the state's rounding.
     private static let nearTie: Float = 6e-4
 
-    /// Along Python's likeliest text, all 300 tokens: the likeliest is Python's, unless Python's two best are a near tie.
+    /// At all 300 places of Python's likeliest text the likeliest is Python's, unless Python's two best are a near tie.
     func testTheLikeliestTokenIsPythonsExceptAtNearTies() async throws {
         for (name, url, nearTies) in [("linear", linear, [32]), ("mlp", mlp, [])] {
             let expected = try Files.json("\(name).json")
             let (prompt, greedy) = (expected["prompt_ids"]?.integers ?? [], expected["greedy_ids"]?.integers ?? [])
-            let best = (expected["best_logits"]?.array ?? []).map { ($0.array ?? []).compactMap(\.number).map { Float($0) } }
+            let best = (expected["best_logits"]?.array ?? []).map { pair in
+                (pair.array ?? []).compactMap(\.number).map { Float($0) }
+            }
             XCTAssertEqual([greedy.count, best.count], [300, 300])
             let model = try await load(url)
             var logits = try await read(prompt, model)
@@ -101,7 +103,8 @@ final class CoreMLTTTModelTests: XCTestCase {
                 if logits.indices.max(by: { (logits[$0], $1) < (logits[$1], $0) }) != token {
                     parted.append(place)
                     let largest = logits.reduce(0) { max($0, abs($1)) }
-                    XCTAssertLessThan(best[place][0] - best[place][1], Self.nearTie * largest, "\(name), token \(place)")
+                    let gap = best[place][0] - best[place][1]
+                    XCTAssertLessThan(gap, Self.nearTie * largest, "\(name), token \(place)")
                 }
                 let position = (prompt.count + place) % model.info.miniBatchSize
                 logits = try await model.decode(token, position: position)

@@ -82,8 +82,10 @@ final class FuzzTests: XCTestCase {
             }
             guard let read = try? StateFile.decoded(StateFile.encoded(changed)) else { continue }
             XCTAssertEqual(
-                zip(read.layers, network.start).allSatisfy { $0.hasShape(of: $1) } && read.layers.count == network.start.count,
-                zip(changed.layers, network.start).allSatisfy { $0.hasShape(of: $1) } && changed.layers.count == network.start.count)
+                zip(read.layers, network.start).allSatisfy { $0.hasShape(of: $1) }
+                    && read.layers.count == network.start.count,
+                zip(changed.layers, network.start).allSatisfy { $0.hasShape(of: $1) }
+                    && changed.layers.count == network.start.count)
         }
     }
 

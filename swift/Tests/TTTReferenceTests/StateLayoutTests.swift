@@ -62,9 +62,12 @@ final class StateLayoutTests: XCTestCase {
     func testRefusesWhatAreNoGroups() throws {
         let text = try XCTUnwrap(Files.arrays("layout-mlp.safetensors").metadata["layout"])
         let layout = try StateLayout(JSON(text.utf8))
-        for (old, new) in [("\"groups\"", "\"group\""), ("[\"W1\", ", "[\"W9\", "), ("[\"W1\", ", "["), ("[\"e1\"", "[\"W1\"")] {
+        for (old, new) in [
+            ("\"groups\"", "\"group\""), ("[\"W1\", ", "[\"W9\", "), ("[\"W1\", ", "["), ("[\"e1\"", "[\"W1\""),
+        ] {
             XCTAssertTrue(text.contains(old), text)
-            XCTAssertThrowsError(try StateGroups(JSON(text.replacingOccurrences(of: old, with: new).utf8), layout: layout), new)
+            let changed = try JSON(text.replacingOccurrences(of: old, with: new).utf8)
+            XCTAssertThrowsError(try StateGroups(changed, layout: layout), new)
         }
     }
 

@@ -18,7 +18,8 @@ actor StateOnly: TTTModel {
         info = try TTTModelInfo(
             miniBatchSize: 16, vocabularySize: 32000, prefillTokens: 16, endTokens: [], fingerprint: "trial")
         let (H, D, K) = (32, 64, 16)
-        let shapes = isMLP
+        let shapes =
+            isMLP
             ? [[1, H, D, 4 * D], [1, H, 1, 4 * D], [1, H, 4 * D, D], [1, H, 1, D]] : [[1, H, D, D], [1, H, 1, D]]
         func numbers(_ shape: [Int]) -> Tensor {
             let count = shape.reduce(1, *)
@@ -45,7 +46,9 @@ struct Letters: TTTTokenizer {
 
 func save(_ file: URL) async throws {
     let model = try StateOnly(layers: 2, isMLP: false)
-    let generators = [TTTGenerator(model: model, tokenizer: Letters()), TTTGenerator(model: model, tokenizer: Letters())]
+    let generators = [
+        TTTGenerator(model: model, tokenizer: Letters()), TTTGenerator(model: model, tokenizer: Letters()),
+    ]
     try await generators[0].read("first state")
     try await generators[1].read("the second")
     while true {
@@ -61,7 +64,9 @@ func large() async throws {
         try await generator.read("some text")
         for _ in 0..<5 {
             let layers = try packedLayers(isMLP: isMLP)
-            let conversion = await seconds { _ = layers.layout.unpack(layers.bits.map(Half.float), start: layers.start, offset: 7) }
+            let conversion = await seconds {
+                _ = layers.layout.unpack(layers.bits.map(Half.float), start: layers.start, offset: 7)
+            }
             let saving = try await seconds { try await generator.save(to: file) }
             let loading = try await seconds { try await generator.load(from: file) }
             let size = (try file.resourceValues(forKeys: [.fileSizeKey]).fileSize ?? 0) / 1_000_000
@@ -76,14 +81,15 @@ func large() async throws {
 func seconds(_ body: () async throws -> Void) async rethrows -> String {
     let (start, processor) = (Date(), clock())
     try await body()
-    let worked = Double(clock() - processor) / Double(CLOCKS_PER_SEC)
+    let worked = Double(clock() - processor) / 1_000_000  // POSIX's CLOCKS_PER_SEC
     return String(format: "%.2f s (%.2f s of work)", Date().timeIntervalSince(start), worked)
 }
 
 /// A packed state in float16, as Core ML keeps it, and what it takes to make layers of it.
 func packedLayers(isMLP: Bool) throws -> (layout: StateLayout, bits: [UInt16], start: [LayerState]) {
     let (layers, H, D, K) = (24, 32, 64, 16)
-    let rows = isMLP
+    let rows =
+        isMLP
         ? [("W1", 4 * D), ("b1", 4), ("W2", 4 * D), ("b2", 1), ("k", K), ("e1", 4 * K), ("x2", 4 * K), ("e2", K)]
         : [("W1", D), ("b1", 1), ("k", K), ("e1", K)]
     var (parts, R) = ([String](), 0)
@@ -91,9 +97,11 @@ func packedLayers(isMLP: Bool) throws -> (layout: StateLayout, bits: [UInt16], s
         parts.append("\"\(name)\": [\(R), \(count)]")
         R += count
     }
-    let text = "{\"shape\": [\(layers), \(H), \(R), \(D)], \"head_dim\": \(D), \"parts\": {\(parts.joined(separator: ", "))}}"
+    let text =
+        "{\"shape\": [\(layers), \(H), \(R), \(D)], \"head_dim\": \(D), \"parts\": {\(parts.joined(separator: ", "))}}"
     let layout = try StateLayout(JSON(text.utf8))
-    let shapes = isMLP
+    let shapes =
+        isMLP
         ? [[1, H, D, 4 * D], [1, H, 1, 4 * D], [1, H, 4 * D, D], [1, H, 1, D]] : [[1, H, D, D], [1, H, 1, D]]
     let start = try layout.start(weights: [[Tensor]](repeating: shapes.map { Tensor(zeros: $0) }, count: layers))
     return (layout, (0..<layout.count).map { UInt16(truncatingIfNeeded: $0 & 0x3FFF) }, start)

@@ -97,7 +97,9 @@ struct ExpressionParser {
     /// All tokens.
     mutating func whole() throws -> TemplateExpression {
         // A chain of operators is as deep a tree as it is long.
-        guard tokens.count <= Self.longest else { throw TTTError.unsupported("The chat template has too long an expression") }
+        guard tokens.count <= Self.longest else {
+            throw TTTError.unsupported("The chat template has too long an expression")
+        }
         let expression = try self.expression()
         guard tokens.isEmpty else { throw unexpected }
         return expression

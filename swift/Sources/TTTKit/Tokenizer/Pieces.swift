@@ -12,7 +12,9 @@ enum Pieces {
     private static let unknown = " \u{2047} "  // SentencePiece shows the unknown piece as this text
 
     /// By id.
-    static func all(_ vocabulary: [(token: String, id: Int)], added: [JSON], decoder: JSON?, settings: JSON) -> [Piece] {
+    static func all(
+        _ vocabulary: [(token: String, id: Int)], added: [JSON], decoder: JSON?, settings: JSON
+    ) -> [Piece] {
         let special = Set(added.filter { $0["special"]?.bool == true }.compactMap { $0["id"]?.int })
         let isByteLevel = Decoder.isByteLevel(decoder)
         let unknownToken = settings["unk_token"]?.string ?? settings["unk_token"]?["content"]?.string ?? "<unk>"

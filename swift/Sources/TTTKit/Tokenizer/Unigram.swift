@@ -43,8 +43,8 @@ struct Unigram: Sendable {
         }
     }
 
-    /// A score as the library `tokenizers` has it: it reads the digits as a whole number, and divides by a power of ten, which
-    /// may be off by one in the last place. Where two segmentations have the same score, that decides.
+    /// A score as the library `tokenizers` has it: it reads the digits as a whole number, and divides by a power of ten,
+    /// which may be off by one in the last place. Where two segmentations have the same score, that decides.
     private static func asTokenizersReads(_ score: Double) -> Double {
         let parts = "\(score.magnitude)".split(separator: "e")
         let number = (parts.first ?? "").split(separator: ".", omittingEmptySubsequences: false)

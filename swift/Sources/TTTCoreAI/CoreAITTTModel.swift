@@ -3,12 +3,13 @@
 import CoreAI
 import Foundation
 import TTTFormats
+import TTTKit
 
 /// A TTT model in a Core AI bundle, the folder that `convert.py coreai` writes.
 ///
-/// It calls the bundle's `main`, which reads any number of tokens at any place of a text and keeps its state in three arrays.
-/// (`decode` and `prefill` keep one for each layer and part. Views of so many arrays at once ask for parts of Swift that
-/// are not settled yet.)
+/// It calls the bundle's `main`, which reads any number of tokens at any place of a text and keeps its state in three
+/// arrays. (`decode` and `prefill` keep one for each layer and part. Views of so many arrays at once ask for parts of
+/// Swift that are not settled yet.)
 @available(macOS 27, iOS 27, tvOS 27, visionOS 27, watchOS 27, *)
 public actor CoreAITTTModel: TTTModel {
     /// What the package says of itself.
@@ -18,8 +19,6 @@ public actor CoreAITTTModel: TTTModel {
     private let groups: StateGroups
     private let start: [LayerState]
     private let scalarType: NDArray.ScalarType
-    /// Tokens of the open mini-batch that are read.
-    private var phase = 0
     /// Nil while a call runs, and after one has failed.
     private var arrays: Arrays?
 
@@ -48,7 +47,8 @@ public actor CoreAITTTModel: TTTModel {
     }
 
     init(
-        bundle: URL, source: ModelSource, options: SpecializationOptions = SpecializationOptions(preferredComputeUnitKind: .gpu)
+        bundle: URL, source: ModelSource,
+        options: SpecializationOptions = SpecializationOptions(preferredComputeUnitKind: .gpu)
     ) async throws {
         let description = try BundleDescription(bundle)
         let function: InferenceFunction?
@@ -83,7 +83,8 @@ public actor CoreAITTTModel: TTTModel {
         try await read([token], position: position)
     }
 
-    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights in its own precision.
+    /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights, in its own
+    /// precision.
     public func state(position: Int) throws -> [LayerState] {
         guard let arrays else { throw TTTError.stateLost }
         let values = Dictionary(uniqueKeysWithValues: zip(Arrays.names, arrays.all.map(Self.numbers)))
@@ -110,9 +111,7 @@ public actor CoreAITTTModel: TTTModel {
 
     /// - Parameter position: of the first token in its mini-batch.
     private func read(_ tokens: [Int], position: Int) async throws -> [Float] {
-        guard let arrays else { throw TTTError.stateLost }
-        var (weights, inputs, errors) = (arrays.weights, arrays.inputs, arrays.errors)
-        self.arrays = nil  // so that the call has the only reference: writing in place copies nothing
+        var (weights, inputs, errors) = Self.apart(try takeArrays())
         var states = InferenceFunction.MutableViews()
         states.insert(&weights, for: Arrays.names[0])
         states.insert(&inputs, for: Arrays.names[1])
@@ -125,7 +124,7 @@ public actor CoreAITTTModel: TTTModel {
                 "position_ids": NDArray(scalars: positions, shape: [1, positions.count]),
             ],
             states: consume states)
-        self.arrays = Arrays(weights: weights, inputs: inputs, errors: errors)
+        arrays = Arrays(weights: weights, inputs: inputs, errors: errors)
         guard let logits = outputs.remove("logits")?.ndArray else { throw TTTError.unexpectedOutput("no logits") }
         let shape = [1, tokens.count, info.vocabularySize]
         guard logits.shape == shape, logits.scalarType == .float16 else {
@@ -134,12 +133,26 @@ public actor CoreAITTTModel: TTTModel {
         return Array(Self.numbers(logits).suffix(info.vocabularySize))
     }
 
+    /// For a call, which has the only reference to them then: writing in place copies nothing.
+    private func takeArrays() throws -> Arrays {
+        guard let taken = arrays else { throw TTTError.stateLost }
+        arrays = nil
+        return taken
+    }
+
+    private static func apart(_ arrays: Arrays) -> (weights: NDArray, inputs: NDArray, errors: NDArray) {
+        (arrays.weights, arrays.inputs, arrays.errors)
+    }
+
     // MARK: - The state
 
-    private static func scalarType(of function: InferenceFunctionDescriptor, _ groups: StateGroups) throws -> NDArray.ScalarType {
+    private static func scalarType(of function: InferenceFunctionDescriptor, _ groups: StateGroups) throws
+        -> NDArray.ScalarType
+    {
         var types: Set<NDArray.ScalarType> = []
         for group in groups.groups {
-            guard case .ndArray(let descriptor)? = function.stateDescriptor(of: group.name), descriptor.shape == group.shape
+            guard case .ndArray(let descriptor) = function.stateDescriptor(of: group.name),
+                descriptor.shape == group.shape
             else { throw TTTError.notATTTPackage("its state \(group.name) is not that of its metadata") }
             types.insert(descriptor.scalarType)
         }
@@ -160,7 +173,8 @@ public actor CoreAITTTModel: TTTModel {
             fill(&array, with: numbers(group))
             return array
         }
-        return Arrays(weights: try array(Arrays.names[0]), inputs: try array(Arrays.names[1]), errors: try array(Arrays.names[2]))
+        return Arrays(
+            weights: try array(Arrays.names[0]), inputs: try array(Arrays.names[1]), errors: try array(Arrays.names[2]))
     }
 
     /// The state before the first token.
@@ -175,7 +189,9 @@ public actor CoreAITTTModel: TTTModel {
         let runs = StridedMemory(shape: array.shape, strides: array.strides).runs
         if array.scalarType == .float16 {
             array.view(as: Float16.self).withUnsafePointer { memory, _, _ in
-                for run in runs { for i in run.inMemory..<run.inMemory + run.count { numbers.append(Float(memory[i])) } }
+                for run in runs {
+                    for i in run.inMemory..<run.inMemory + run.count { numbers.append(Float(memory[i])) }
+                }
             }
         } else {
             array.view(as: Float.self).withUnsafePointer { memory, _, _ in
@@ -190,7 +206,9 @@ public actor CoreAITTTModel: TTTModel {
         if array.scalarType == .float16 {
             let view = array.mutableView(as: Float16.self)
             view.withUnsafeMutablePointer { memory, _, _ in
-                for run in runs { for i in 0..<run.count { memory[run.inMemory + i] = Float16(numbers[run.packed + i]) } }
+                for run in runs {
+                    for i in 0..<run.count { memory[run.inMemory + i] = Float16(numbers[run.packed + i]) }
+                }
             }
         } else {
             let view = array.mutableView(as: Float.self)
