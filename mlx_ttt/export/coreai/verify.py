@@ -53,7 +53,7 @@ class Bound:
     reason: str
 
 
-# Five times what was measured: 0.9 % of the logits and 0.4 % of the state, of three small models over 64 to 96 tokens.
+# Five and three times what was measured: 0.9 % of the logits and 0.6 % of the state, small models, 64 to 192 tokens.
 _MIXED = Bound(0.05, 0.02, "activations and products in float16; on Linux sums, too")
 _HALF = Bound(0.05, 0.02, "all in float16, also what is learned; on Linux sums, too")
 

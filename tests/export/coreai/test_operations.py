@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +131,36 @@ def test_operation(runtime, case):
 def test_no_operation_is_left_out():
     tried = {name for name, _, _ in CASES.values()} | {"constant", "shape", "number_type"}
     assert tried >= set(OPERATIONS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_what_the_runtime_keeps(tmp_path):
+    """As much as the outputs of all calls; nothing of inputs and states. If this fails, mend docs/core-ai.md."""
+    large = np.zeros(1 << 16, np.float32)  # 262 kB
+    module, ops = Module.create(), CoreAIOperations()
+    with module:
+        states = {"s": (large.shape, np.float32)}
+        inputs = {"x": (large.shape, np.float32)}
+        add_function("small", inputs, states, lambda x, s: ({"y": ops.reduce_sum(x, 0)}, {"s": ops.add(x, s)}))
+        add_function("large", inputs, states, lambda x, s: ({"y": ops.add(x, s)}, {"s": ops.add(x, s)}))
+    AIProgram(module).save_asset(tmp_path / "keeps.aimodel")
+    grown = {}
+    with Runtime(tmp_path / "keeps.aimodel") as runtime:
+        given = runtime.start({"s": large})
+        for name in ("small", "large"):
+            for calls in (20, 200):  # first what it needs anyway
+                before = resident()
+                for _ in range(calls):
+                    runtime.call(name, {"x": large}, given)
+                grown[name] = resident() - before
+    assert grown["small"] < 50 * large.nbytes
+    assert grown["large"] > 150 * large.nbytes
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_small_halves_in_constants_are_misread(tmp_path):
