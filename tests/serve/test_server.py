@@ -298,7 +298,8 @@ def soak(directory: Path, log: Path, play: str, seconds: float) -> tuple[int, in
                 good[number] += 1
 
     memory: list[int] = []
-    with serve(directory, log, "--log-level", "WARNING") as server, ThreadPoolExecutor(8) as pool:
+    options = ("--log-level", "WARNING", "--max-tokens", "4000")  # one of the bad requests asks for 5000
+    with serve(directory, log, *options) as server, ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(client, number, server) for number in range(8)]
         while time.monotonic() < end:
             time.sleep(seconds / 60)
