@@ -68,7 +68,7 @@ class TestLosses:
 
     @pytest.mark.slow
     def test_memory_does_not_grow_with_the_text(self, trained):
-        """Eight times the text. MLX's threads overlap more or less, so that peaks differ by a quarter from run to run."""
+        """Eight times the text. MLX's threads overlap more or less, so that peaks differ by a quarter."""
         model, _ = trained
         peaks = []
         for n in (2049, 16385):

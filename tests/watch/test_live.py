@@ -72,6 +72,17 @@ def test_a_text_is_told_as_it_is_read(session, model, told, monkeypatch):
     np.testing.assert_allclose(points[-1]["layers"], np.array(drift(model[0], cache).of_layers().relative)[:, 0], 1e-3)
 
 
+def test_a_text_that_goes_on(session, told, monkeypatch):
+    """Without another start of a text, and with points of the drift at ends of mini-batches, but for the turn's last."""
+    monkeypatch.setattr(live, "PIECE", 16)
+    for _ in range(2):
+        session.take_turn(["A"], Turn(TEXT))
+    assert text_of(told) == 2 * TEXT
+    assert [place for event in advances(told) for place, name in event["names"].items() if name == "<s>"] == [0]
+    points = [event["drift"]["at"] for event in advances(told) if event["drift"]]
+    assert len([at for at in points if at % 16]) <= 2 and len(points) > 6
+
+
 def test_columns_grow_with_the_tokens(session, model, told):
     session.take_turn(["A"], Turn(TEXT))
     session.take_turn(["A"], Turn("", max_tokens=5))
@@ -204,6 +215,9 @@ def test_what_is_refused(session, monkeypatch):
         session.go_back("A", 7)
     with pytest.raises(StateError, match="there is no state 7"):
         session.forget(7)
+    with monkeypatch.context() as patch, pytest.raises(PromptError, match="token id 9999 is outside"):
+        patch.setattr(live, "encode_long", lambda *_: np.array([5, 9999]))  # of another model's tokenizer
+        session.take_turn(["A"], Turn(TEXT))
     monkeypatch.setattr(live, "MOST_TOKENS", 20)
     with pytest.raises(PromptError, match="the page keeps 20"):
         session.take_turn(["A"], Turn(TEXT))
@@ -224,3 +238,5 @@ def test_a_turn_can_be_stopped(session, told):
     session._publish = publish
     session.take_turn(["A"], Turn("ROMEO.\n", max_tokens=1000))
     assert len([event for event in advances(told) if event["written"]]) == stop_at - 1
+    session.take_turn(["A"], Turn("", max_tokens=2))  # which the stop before it does not end
+    assert len([event for event in advances(told) if event["written"]]) == stop_at + 1
