@@ -73,7 +73,7 @@ def test_a_text_is_told_as_it_is_read(session, model, told, monkeypatch):
 
 
 def test_a_text_that_goes_on(session, told, monkeypatch):
-    """Without another start of a text, and with points of the drift at ends of mini-batches, but for the turn's last."""
+    """No second start of a text, and points of the drift at ends of mini-batches, but for each turn's last."""
     monkeypatch.setattr(live, "PIECE", 16)
     for _ in range(2):
         session.take_turn(["A"], Turn(TEXT))
