@@ -88,6 +88,24 @@ def test_what_goes_wrong_in_the_models_thread_is_told_and_ends_nothing(monkeypat
     watcher._thread.shutdown()
 
 
+def test_a_page_that_has_gone_is_forgotten():
+    class Blank:
+        def snapshot(self, join):
+            join()
+            return []
+
+    async def look(watcher: Watcher) -> tuple[int, int]:
+        events = watcher._events()
+        await events.__anext__()
+        there = len(watcher._hub._pages)
+        await events.aclose()
+        return there, len(watcher._hub._pages)
+
+    watcher = Watcher(lambda publish: (Blank(), ""))  # type: ignore[arg-type, return-value]
+    assert asyncio.run(look(watcher)) == (1, 0)
+    watcher._thread.shutdown()
+
+
 def test_a_page_that_does_not_read_is_let_go(monkeypatch):
     monkeypatch.setattr(watch_server, "MOST_EVENTS", 2)
 
