@@ -42,7 +42,7 @@ def test_cost(model, form, D):
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [64, 96])
 def test_a_mini_batch_reads_and_writes_its_streamed_weights_once(D):
-    """Of those that lie in device memory. At D = 96 that is W2, too, which three products need, each after the other."""
+    """Of those in device memory. At D = 96 that is W2, too, which three products need, each after the other."""
     long, short = (run("mlp", "chunk", D, PREFILL - n * K, 0).buffers for n in (0, 1))
     nbytes = 4 * D * 4 * D
     moved = {name: (long[name].fetched - short[name].fetched, long[name].stored - short[name].stored) for name in long}
