@@ -98,6 +98,20 @@ def test_gradients(bits, m):
         assert np.allclose(of_weight.astype(mx.float32), np.array(dy).T @ np.array(x), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_matrix_that_is_unpacked_in_parts(bits, spy):
+    """And the cotangent of x, which is a sum over the parts."""
+    layer = linear(300, 1 << 14, bits, 64, mx.float16)
+    x = mx.random.normal((16, 1 << 14), key=mx.random.key(1))
+    dy = mx.random.normal((16, 300), key=mx.random.key(2))
+    (y,), (dx,) = mx.vjp(layer, [x], [dy])
+    assert spy.taken() == {"multiply"}
+    assert_product(y, np.array(x), layer)
+    w = matrix(layer)
+    expected = np.array(dy) @ w
+    assert np.abs(np.array(dx) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_a_wrong_width_is_for_mlx_to_judge():
     for bits in (None, 4):
         with pytest.raises(ValueError):

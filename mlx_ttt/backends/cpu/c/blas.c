@@ -189,7 +189,17 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
 
 /* ---- Any number of rows ------------------------------------------------------------------------------------------ */
 
-enum { ROWS = 256 }; /* of packed weights that are unpacked at a time: enough for OpenBLAS, and they stay in the cache */
+enum {
+    ROOM = 1 << 22, /* numbers of packed weights that are unpacked at a time: OpenBLAS copies x once for each time */
+    STRIP = 16      /* rows that a thread unpacks */
+};
+
+/* How many rows of w [n, k] are unpacked at a time: as many each time, whole pieces. */
+static size_t rows_at_a_time(size_t n, size_t k)
+{
+    const size_t most = ROOM / k > 256 ? ROOM / k : 256, times = (n + most - 1) / most;
+    return ((n + times - 1) / times + STRIP - 1) / STRIP * STRIP;
+}
 
 /* Rows of w from `first` on, to be unpacked by several threads. */
 struct unpacking {
@@ -201,7 +211,7 @@ struct unpacking {
 static void unpack_some(const void *context, int i)
 {
     const struct unpacking *u = context;
-    const size_t first = u->first + i * (ROWS / 16), last = smaller(first + ROWS / 16, u->last);
+    const size_t first = u->first + (size_t)i * STRIP, last = smaller(first + STRIP, u->last);
     unpack(u->w, u->k, first, last, u->y + (first - u->first) * u->k);
 }
 
@@ -212,13 +222,14 @@ void mlx_ttt_multiply(const struct weights *w, const float *x, float *y, size_t 
         multiply_few(m, k, x, 1, &(struct factor){w, y}, threads);
         return;
     }
-    float *rows = malloc(ROWS * k * sizeof *rows);
+    const size_t step = rows_at_a_time(w->n, k);
+    float *rows = malloc(step * k * sizeof *rows);
     if (!rows)
         abort();
-    for (size_t first = 0; first < w->n; first += ROWS) {
-        const size_t last = smaller(first + ROWS, w->n), n = last - first;
+    for (size_t first = 0; first < w->n; first += step) {
+        const size_t last = smaller(first + step, w->n), n = last - first;
         const struct unpacking u = {w, k, first, last, rows};
-        share(unpack_some, &u, (n + ROWS / 16 - 1) / (ROWS / 16), threads);
+        share(unpack_some, &u, (n + STRIP - 1) / STRIP, threads);
         if (back)
             openblas(ROW_MAJOR, NO_TRANS, NO_TRANS, m, k, n, 1, x + first, w->n, rows, k, first > 0, y, k);
         else
