@@ -49,9 +49,7 @@ def learning_options(command: Callable[..., None]) -> Callable[..., None]:
     is_flag=True,
     help="A second program beside the first, for a GPU: decode, prefill and step with our Metal kernels. Never run yet.",
 )
-def coreai(
-    model: str, tokenizer: str | None, out: Path, weights: str, kernels: bool, **options: Any
-) -> None:
+def coreai(model: str, tokenizer: str | None, out: Path, weights: str, kernels: bool, **options: Any) -> None:
     """Export MODEL, a model directory or ORG/NAME, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
 
     Apple's runner for language models takes it as it is. Apple's runtime for Linux proves it: `convert.py verify`.

@@ -109,7 +109,7 @@ def _with_tensors(launch: Launch, types: Mapping[str, tuple[int, NumberType]]) -
     """The kernel with tensors as parameters: before its body stand their addresses, and what MLX would give it."""
     text, (_, _, _, D) = launch.kernel.text, launch.sizes
     addresses = [
-        f"device {METAL_TYPES[number]}* {name} = &{name}_tensor[{', '.join('0' * rank)}];"
+        f"{'const ' * (name in text.inputs)}device {METAL_TYPES[number]}* {name} = &{name}_tensor[{', '.join('0' * rank)}];"
         for name, (rank, number) in types.items()
     ]
     sizes = f"constexpr int D = {D}, K = {launch.K}, TILES = {launch.kernel.tiles};"
