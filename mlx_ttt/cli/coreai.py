@@ -47,7 +47,7 @@ def learning_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--kernels",
     is_flag=True,
-    help="A second program beside the first, for a GPU: decode, prefill and step with our Metal kernels. Never run yet.",
+    help="A second program beside the first, for a GPU: with our Metal kernels. No device has run it yet.",
 )
 def coreai(model: str, tokenizer: str | None, out: Path, weights: str, kernels: bool, **options: Any) -> None:
     """Export MODEL, a model directory or ORG/NAME, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).

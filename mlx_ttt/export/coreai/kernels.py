@@ -8,9 +8,8 @@ Shapes: H heads, T tokens of a call, D head dimension, K mini-batch size, R row 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from ...errors import TTTError
 from ...network.args import ModelArgs
 from ..calls import Signals
 from ..layout import stored_transposed
-from ..operations import NumberType, Operations, Value
+from ..operations import NumberType, Value
 from ..rule import Tokens, UpdateRule
 from .compiler import MetalKernel
 from .operations import CoreAIOperations
@@ -71,13 +70,6 @@ class Launch:
         return self.kernel.threads, 1, 1
 
 
-class Launches(Protocol):
-    """Operations that can launch kernels, too."""
-
-    def launch(self, launch: Launch) -> list[Value]:
-        """The outputs, in order."""
-
-
 class KernelOperations(CoreAIOperations):
     """Adds each operation to the graph that is being built, with a kernel as the update rule.
 
@@ -92,7 +84,7 @@ class KernelOperations(CoreAIOperations):
         self._form, self._kernels = form, dict[tuple, MetalKernel]()
 
     def learn(self, rule: UpdateRule, tokens: Tokens, state: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
-        return learn(self, self._form, rule, tokens, state)
+        return _Update(self, self._form, rule, state)(tokens)
 
     def launch(self, launch: Launch) -> list[Value]:
         """Launch a kernel; all launches of one kind share its source."""
@@ -108,10 +100,10 @@ class KernelOperations(CoreAIOperations):
 def _with_tensors(launch: Launch, types: Mapping[str, tuple[int, NumberType]]) -> MetalKernel:
     """The kernel with tensors as parameters: before its body stand their addresses, and what MLX would give it."""
     text, (_, _, _, D) = launch.kernel.text, launch.sizes
-    addresses = [
-        f"{'const ' * (name in text.inputs)}device {METAL_TYPES[number]}* {name} = &{name}_tensor[{', '.join('0' * rank)}];"
-        for name, (rank, number) in types.items()
-    ]
+    addresses = []
+    for name, (rank, number) in types.items():
+        kind = f"{'const ' * (name in text.inputs)}device {METAL_TYPES[number]}*"
+        addresses.append(f"{kind} {name} = &{name}_tensor[{', '.join('0' * rank)}];")
     sizes = f"constexpr int D = {D}, K = {launch.K}, TILES = {launch.kernel.tiles};"
     shape = f"const int q_shape[4] = {{{', '.join(map(str, launch.sizes))}}};"
     return MetalKernel(
@@ -124,67 +116,83 @@ def _with_tensors(launch: Launch, types: Mapping[str, tuple[int, NumberType]]) -
     )
 
 
-def learn(
-    ops: Operations | Any, form: str, rule: UpdateRule, tokens: Tokens, state: Mapping[str, Value]
-) -> tuple[Value, dict[str, Value]]:
-    """What an UpdateRule returns of its arguments, by a kernel.
+class _Update:
+    """An update rule as one launch.
 
     Args:
-        ops: that launch kernels, too.
+        ops: what launches it.
         form: of the kernel.
         rule: with what learns, and the call.
-        tokens, state: its arguments.
+        state: the layer's parts of the state.
     """
-    learner, call, inner = rule.learner, rule.call, rule.learner.inner
-    _, H, T, D = ops.shape(tokens.q)
-    K, shown = len(learner.t), call.seen is not None
-    kernel = metal.launch(inner.name, form, D, K, shown)
-    start = {name: W.astype(np.float32) for name, W in learner.start.items()}
 
-    def swapped(name: str, x: Value) -> Value:
-        return ops.transpose(x, [0, 1, 3, 2]) if stored_transposed(inner, name) else x
+    def __init__(self, ops: KernelOperations, form: str, rule: UpdateRule, state: Mapping[str, Value]):
+        self.ops, self.form, self.learner, self.call, self.state = ops, form, rule.learner, rule.call, state
+        self.inner, self.K, self.outside = rule.learner.inner, len(rule.learner.t), rule.numbers.outside
+        self.start = {name: W.astype(np.float32) for name, W in rule.learner.start.items()}
 
-    def turned(x: Value) -> Value:
-        """By head to by token, [1, H, T, d] -> [1, T, H, d], and back."""
-        a, b, c, d = ops.shape(x)
-        return ops.reshape(x, [a, c, b, d]) if 1 in (b, c) else ops.transpose(x, [0, 2, 1, 3])
+    def __call__(self, tokens: Tokens) -> tuple[Value, dict[str, Value]]:
+        """What the UpdateRule returns."""
+        ops, seen = self.ops, self.call.seen
+        _, H, T, D = ops.shape(tokens.q)
+        kernel = metal.launch(self.inner.name, self.form, D, self.K, seen is not None)
+        inputs, outputs = self._inputs(tokens), self._outputs(tokens, kernel.scratch)
+        launch = Launch(
+            kernel,
+            (1, T, H, D),
+            self.K,
+            {name: inputs[name] for name in kernel.text.inputs},
+            {name: outputs[name] for name in kernel.text.outputs},
+        )
+        found = dict(zip(launch.outputs, ops.launch(launch), strict=True))
+        if seen is not None:
+            loss, norm = (self._turned(ops.expand_dims(found[name], axis=3)) for name in ("loss", "write_norm"))
+            seen.append(Signals(loss, self.call.where_counted(ops.cast(tokens.lr, np.float32)), norm))
+        return self._turned(found["y"]), self._after(found)
 
-    inputs = {name: turned(getattr(tokens, name)) for name in "qkv"}
-    inputs["lr"] = ops.reshape(turned(tokens.lr), [1, T, H])
-    inputs |= {name: x.astype(np.float32) for name, x in (("t", learner.t), ("gamma", learner.gamma[0, :, 0]))}
-    inputs["beta"] = learner.beta[0, :, 0].astype(np.float32)
-    for name, W in start.items():
-        inputs[name] = swapped(name, ops.add(W, ops.reshape(ops.cast(state[name], np.float32), W.shape)))
-    widths = inner.row_widths(D)
-    parts = [ops.reshape(ops.cast(state[name], np.float32), [1, H, K, width]) for name, width in widths.items()]
-    inputs["rows"] = ops.concat(parts, axis=3)
-    inputs |= {"phase": call.phase, "length": call.length}
+    def _inputs(self, tokens: Tokens) -> dict[str, Value]:
+        """Those of any form, by name."""
+        ops, learner, (_, H, T, D) = self.ops, self.learner, self.ops.shape(tokens.q)
+        inputs = {name: self._turned(getattr(tokens, name)) for name in "qkv"}
+        inputs["lr"] = ops.reshape(self._turned(tokens.lr), [1, T, H])
+        constants = {"t": learner.t, "gamma": learner.gamma[0, :, 0], "beta": learner.beta[0, :, 0]}
+        inputs |= {name: x.astype(np.float32) for name, x in constants.items()}
+        for name, W in self.start.items():
+            delta = ops.reshape(ops.cast(self.state[name], np.float32), W.shape)
+            inputs[name] = self._swapped(name, ops.add(W, delta))
+        widths = self.inner.row_widths(D).items()
+        rows = [ops.reshape(ops.cast(self.state[name], np.float32), [1, H, self.K, width]) for name, width in widths]
+        return inputs | {"rows": ops.concat(rows, axis=3), "phase": self.call.phase, "length": self.call.length}
 
-    outputs: dict[str, tuple[tuple[int, ...], NumberType]] = {"y": ((1, T, H, D), ops.number_type(tokens.q))}
-    outputs |= {f"{name}_out": ((1, H, *inner.weight_shapes(D)[name]), np.float32) for name in start}
-    outputs["rows_out"] = (1, H, K, inner.row_width(D)), np.float32
-    outputs["scratch"] = (1, H, kernel.scratch), np.float32
-    outputs |= dict.fromkeys(("loss", "write_norm"), ((1, T, H), np.float32))
-    text = kernel.text
-    given = Launch(
-        kernel,
-        (1, T, H, D),
-        K,
-        {name: inputs[name] for name in text.inputs},
-        {name: outputs[name] for name in text.outputs},
-    )
-    found = dict(zip(text.outputs, ops.launch(given), strict=True))
+    def _outputs(self, tokens: Tokens, scratch: int) -> dict[str, tuple[tuple[int, ...], NumberType]]:
+        """The shapes and number types of those of any form, by name."""
+        _, H, T, D = self.ops.shape(tokens.q)
+        weights = {f"{name}_out": (1, H, *shape) for name, shape in self.inner.weight_shapes(D).items()}
+        rows = {"rows_out": (1, H, self.K, self.inner.row_width(D)), "scratch": (1, H, scratch)}
+        shapes = weights | rows | dict.fromkeys(("loss", "write_norm"), (1, T, H))
+        in_float32 = {name: (shape, np.float32) for name, shape in shapes.items()}
+        return {"y": ((1, T, H, D), self.ops.number_type(tokens.q)), **in_float32}
 
-    def kept(name: str, x: Value) -> Value:
-        return ops.cast(ops.reshape(x, ops.shape(state[name])), rule.numbers.outside)
+    def _after(self, found: Mapping[str, Value]) -> dict[str, Value]:
+        """The inner model's parts of the state. A step leaves the weights as they are."""
+        ops, D = self.ops, self.ops.shape(found["y"])[3]
+        after = {name: self.state[name] for name in self.start}
+        for name, W in self.start.items():
+            if f"{name}_out" in found:
+                after[name] = self._kept(name, ops.sub(self._swapped(name, found[f"{name}_out"]), W))
+        widths = self.inner.row_widths(D)
+        rows = ops.split(found["rows_out"], list(widths.values()), axis=3)
+        return after | {name: self._kept(name, x) for name, x in zip(widths, rows, strict=True)}
 
-    after = {name: state[name] for name in start}
-    for name, W in start.items():
-        if f"{name}_out" in found:  # a step leaves the weights as they are
-            after[name] = kept(name, ops.sub(swapped(name, found[f"{name}_out"]), W))
-    rows = ops.split(found["rows_out"], list(widths.values()), axis=3)
-    after |= {name: kept(name, x) for name, x in zip(widths, rows, strict=True)}
-    if call.seen is not None:
-        loss, norm = (turned(ops.expand_dims(found[name], axis=3)) for name in ("loss", "write_norm"))
-        call.seen.append(Signals(loss, call.where_counted(ops.cast(tokens.lr, np.float32)), norm))
-    return turned(found["y"]), after
+    def _kept(self, name: str, x: Value) -> Value:
+        """A part of the state as the state has it."""
+        return self.ops.cast(self.ops.reshape(x, self.ops.shape(self.state[name])), self.outside)
+
+    def _swapped(self, name: str, x: Value) -> Value:
+        """A weight as the state has it becomes one as the kernels have it, and back."""
+        return self.ops.transpose(x, [0, 1, 3, 2]) if stored_transposed(self.inner, name) else x
+
+    def _turned(self, x: Value) -> Value:
+        """By head becomes by token, [1, H, T, d] -> [1, T, H, d], and back."""
+        _, a, b, d = self.ops.shape(x)
+        return self.ops.reshape(x, [1, b, a, d]) if 1 in (a, b) else self.ops.transpose(x, [0, 2, 1, 3])

@@ -178,7 +178,7 @@ def _numbers(x) -> tuple[int, ...]:
 def cut(asset: Path, out: Path) -> None:
     """Save the program without its kernels: what they take becomes outputs, what they give becomes inputs.
 
-    These are named KERNEL.in.N and KERNEL.out.N, kernels counted from 0 in each function. All else is as the file has it.
+    These are named KERNEL.in.N and KERNEL.out.N, kernels counted from 0 in each function. All else is as in the file.
     """
     program = AIModelAsset.load(asset).program
     module = program._module._mlir_module

@@ -1,7 +1,7 @@
 """Our Metal kernels in a saved program: taken out of it and run on the host, against the model in MLX.
 
-The program does not load without a GPU of Apple's. So Apple's runtime runs all of the saved file but the kernels, and the
-host harness runs these, as the file has them. See embedded.py.
+The program does not load without a GPU of Apple's. So Apple's runtime runs all of the saved file but the kernels, and
+the host harness runs these, as the file has them. See embedded.py.
 """
 
 from __future__ import annotations
@@ -116,9 +116,8 @@ def test_metal_would_accept_it(kind, D, K, tmp_path):
         assert one.threadgroup[0] <= 1024
         assert one.grid == (one.threadgroup[0] * 2, 1, 1)
         if why_unavailable() is None:
-            source = host_source(one)
-            check_source(source)
-            assert {finding.rule for finding in lint(source)} == {"after-metal-3.1"}  # tensors came with Metal 4
+            check_source(host_source(one))
+            assert {finding.rule for finding in lint(one.source)} == {"after-metal-3.1"}  # tensors came with Metal 4
 
 
 class TestBadInput:
@@ -169,9 +168,9 @@ class TestBundle:
 
     def test_it_does_not_load_without_a_gpu(self, exported):
         """If this fails, the runtime has learned it: then run it here."""
-        with Runtime(exported / read_bundle(exported).facts["kernels"]["asset"]) as runtime:
-            with pytest.raises(RuntimeError, match="metal4_kernel"):
-                runtime.function("decode")
+        asset = exported / read_bundle(exported).facts["kernels"]["asset"]
+        with Runtime(asset) as runtime, pytest.raises(RuntimeError, match="metal4_kernel"):
+            runtime.function("decode")
 
     def test_verify_says_what_it_did_not_run(self, exported):
         command = ["verify", str(exported), "--against", str(mlx_ttt.bundled_model()), "--tokens", "64"]
