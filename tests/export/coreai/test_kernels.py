@@ -24,8 +24,9 @@ from mlx_ttt.errors import CheckpointError, TTTError
 from mlx_ttt.export.coreai import kernels
 from mlx_ttt.export.coreai.bundle import read_bundle
 from mlx_ttt.export.coreai.program import build_with_kernels, outside, save
-from mlx_ttt.export.coreai.runtime import Runtime, start_session
-from mlx_ttt.export.functions import Options
+from mlx_ttt.export.coreai.runtime import Runtime, start_session, zeros
+from mlx_ttt.export.coreai.state import apart_shapes
+from mlx_ttt.export.functions import IDS, SIGNALS, Options
 from mlx_ttt.export.layout import StateLayout
 from mlx_ttt.export.session import Session
 
@@ -70,6 +71,25 @@ def test_a_text_with_scale_and_signals(kind, flags, steps, tmp_path):
         compare(model, session, ids, uneven(model), EXACT)
     assert min(functions.called["decode"], functions.called["prefill"]) >= 2
     assert (functions.called["step"] > 0) == steps
+
+
+@on_host
+@pytest.mark.slow
+def test_tokens_that_do_not_count(tmp_path):
+    """Their signals are zero, whatever they are; and a call may count none."""
+    model = build("linear", "000", hidden_size=32)
+    layout, K = StateLayout.of(model.args), model.args.mini_batch_size
+    with running(model, tmp_path, Options(compute="float32", signals=True)) as (_, functions):
+        for length in (2, 0):
+            states = functions.start(zeros(apart_shapes(layout), np.float32))
+            inputs = {IDS: np.array([text(model, K)], np.int32), "length": np.array([length], np.int32)}
+            outputs = functions.call("prefill", inputs, states)
+            for name in SIGNALS:
+                assert outputs[name][0, :, :length].all()  # the second layer's t is zero at the end: it writes nothing
+                assert not outputs[name][..., length:].any()
+            rows = functions.arrays(states)["k.0"]
+            assert rows[:, :, :length].any() == (length > 0)
+            assert not rows[:, :, length:].any()
 
 
 @on_host
