@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
+from coreai.authoring import AIProgram
 
 from ...checkpoint.folder import complete_folder
 from ...checkpoint.tokenizer import write_json
@@ -99,19 +100,22 @@ def export(
     def step() -> None:
         progress(next(count), total)
 
+    def write(make: Callable[[], AIProgram], asset: Path) -> None:
+        """One program at a time is held."""
+        try:
+            program = make()
+        except CheckpointError as error:
+            raise CheckpointError(f"{model_dir}: {error}") from None
+        _save(lambda: save(program, asset), out)
+
     with complete_folder(out, _expected_bytes(model, weights) * (1 + kernels)) as folder:
         (folder / "tokenizer").mkdir()
         write_tokenizer(folder / "tokenizer", model_dir)
-        try:
-            program = build(model, weights, options, ALL, step)
-        except CheckpointError as error:
-            raise CheckpointError(f"{model_dir}: {error}") from None
-        _save(lambda: save(program, folder / f"{name}.aimodel"), out)
+        write(lambda: build(model, weights, options, ALL, step), folder / f"{name}.aimodel")
         how: dict[str, Any] = {"weights": weights}
         if kernels:
             how["kernels"] = {"asset": f"{name}-kernels.aimodel", "functions": list(FORMS), "unit": "gpu"}
-            with_kernels = build_with_kernels(model, weights, options, step)
-            _save(lambda: save(with_kernels, folder / how["kernels"]["asset"]), out)
+            write(lambda: build_with_kernels(model, weights, options, step), folder / how["kernels"]["asset"])
         write_json(folder / "metadata.json", bundle_metadata(name, model, options, ids, how))
         write_source(folder / "source.safetensors", model, tokenizer)
         _write_readme(folder, name, model, kernels)
