@@ -34,8 +34,7 @@ PHASE = 8  # the open rows that a step meets, on average
 DTYPE = mx.bfloat16
 LAYERS = 24
 HEADS = {64: 32, 96: 16}  # of the 1.3B and of the 760M model
-# float32 TFLOPS, GB/s
-CHIPS = {"M1": (2.6, 68), "M4 Pro": (9.2, 273), "M4 Max": (18.4, 546)}
+CHIPS = {"M1": (2.6, 68), "M4 Max": (18.4, 546), "M5": (4.6, 153)}  # float32 TFLOPS, GB/s; sources: metal/README.md
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,8 @@ def parts_table() -> str:
 
 
 def table(costs: list[Cost]) -> str:
-    head = ["kernel", "D", "bytes", "of the least", "barriers", "multiplies of the least", "threadgroup memory", *CHIPS]
+    counted = ["bytes", "of the least", "multiply-adds", "of the least", "barriers", "threadgroup memory"]
+    head = ["kernel", "D", *counted, *CHIPS]
     return "\n".join([_line(head), _line(["---"] * len(head)), *map(row, costs)])
 
 
@@ -185,8 +185,9 @@ def row(cost: Cost) -> str:
             f"{cost.D}",
             f"{cost.bytes:,.0f}",
             f"{cost.bytes / cost.least_bytes:.2f}",
-            f"{cost.barriers}",
+            f"{_multiply_adds(cost):,.0f}",
             f"{cost.multiplies / cost.least_multiplies:.2f}" if cost.multiplies else "",
+            f"{cost.barriers}",
             f"{cost.threadgroup_memory:,} B",
             *(f"{time:,.1f} µs ({bound})" for time, bound in map(cost.microseconds, CHIPS)),
         ]

@@ -173,6 +173,16 @@ struct Staging {
     lr = is_new(span, thread_index) ? float(from.lr[size_t(span.start + thread_index) * from.H]) : 0.0f;
   }
 
+  // Before `put` with another mini-batch: keeps k of the one that is there. Nobody but the thread that puts an element
+  // there moves it, so no barrier is needed between them.
+  template <typename P>
+  METAL_FUNC void save(P ks, P to, int thread_index) {
+    TTT_UNROLL for (int i = 0; i < EACH; ++i) {
+      const int row = (thread_index + i * THREADS) / D, col = (thread_index + i * THREADS) % D;
+      to[row * STRIDE + col] = ks[row * STRIDE + col];
+    }
+  }
+
   template <typename P, typename Q>
   METAL_FUNC void put(P ks, Q qs, int thread_index) {
     TTT_UNROLL for (int i = 0; i < EACH; ++i) {

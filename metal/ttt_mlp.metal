@@ -22,19 +22,21 @@ namespace ttt {
 // only the sums over all hidden units, x2 W2, q2 W2 and q2 x2^T, and the rows of e2.
 //
 // Where the weights are: at D = 64, both would take 64 registers of each of 512 threads. Such a thread has 96, and the
-// rest needs more than 32. A mini-batch reads W2 three times and writes it once, so W2 is kept (32 registers). It reads
-// W1 twice and writes it once, so W1 is streamed through the device's cache: 192 KB a head for the 1.8 million
-// multiply-adds of 16 tokens. Where D > 64 or K > 16, W2 is streamed as well. No barrier guards the weights, since
-// only the lane that owns an element touches it.
+// rest needs more than 32. A mini-batch needs W2 three times, so W2 is kept (32 registers). W1 is streamed through the
+// device's cache, read once and written once: the tiles that a mini-batch reads get what the one before has learned on
+// their way. That is 128 KB a head for the 1.8 million multiply-adds of 16 tokens. Where D > 64 or K > 16, W2 is streamed
+// as well, read three times and written once: e2 depends on all of x2 W2, and e1 and q2 on all of e2. No barrier guards
+// the weights, since only the lane that owns an element touches it.
 //
 // A sum over all hidden units is formed in threadgroup memory, in COPIES copies. MEMBERS = SIMDGROUPS / COPIES
 // simdgroups share a copy. At any time each of them adds to another part of the columns, and at a barrier they all move
-// on to the next part. So the order of the additions is fixed. A mini-batch takes 3 + 2 MEMBERS barriers: 11 at D = 64,
-// 15 at D = 96.
+// on to the next part. So the order of the additions is fixed. A mini-batch takes 4 + 2 MEMBERS barriers: 12 at D = 64,
+// 16 at D = 96.
 //
-// Registers of a thread at D = 64, K = 16: W2 32, x2 8, gelu' and later e1 8, q W1 and later q2 8, g1 4, b1 4, operand
-// tiles 2, b2, gamma and beta 6, addresses and counters about 16: 88 of the 96 that a threadgroup of 512 may have. At
-// D = 96 (384 threads), without W2: 16, 16, 16, 4, 8, 4, 9 and 16, 89 of 128. At D = 128 (512 threads) 92 of 96.
+// Registers of a thread at D = 64, K = 16: W2 32, x2 8, e1 of the mini-batch before, gelu' and later e1 8, q W1 and later
+// q2 8, tiles of W1 or g1 4, b1 4, operand tiles 2, b2, gamma and beta 6, addresses and counters about 16: 88 of the 96
+// that a threadgroup of 512 may have. At D = 96 (384 threads), without W2: 16, 16, 16, 8, 8, 2, 9 and 16, 91 of 128. At
+// D = 128 (512 threads) 94 of 96.
 
 template <int D, int K, int TILES, bool SHOWN = false>  // which it does not depend on
 struct MlpChunk {
@@ -229,6 +231,7 @@ METAL_FUNC void mlp_chunk(
   typename Work::P ks = Work::at(q2x2 + COPIES * Chunk::TRIANGLE, scratch + head_at * Chunk::SCRATCH);  // [ROWS, D]
   typename Work::P x2W2 = ks + Chunk::VIEW;              // COPIES views, of which the first becomes e2
   typename Work::P e2s = x2W2;
+  typename Work::P past_ks = x2W2;                       // until x2 W2 is formed: k of the mini-batch before
   typename Work::P q2W2 = e2s + Chunk::VIEW;             // COPIES views
   typename Work::P qs = x2W2 + COPIES * Chunk::VIEW;     // in the last copy of q2 W2, which is needed later
 
@@ -252,16 +255,18 @@ METAL_FUNC void mlp_chunk(
   next.fetch(source, span_at(-int(phase[sequence]), n, K), thread_index);
   TilesOfW2<D, UNITS, Chunk::KEEPS_W2> W2_tiles;
   W2_tiles.open(W2, W2_out);
-  bool has_committed = false;
+  const device float* W1_now = W1;
+  Tile e1[UNITS][BLOCKS];   // gelu' until e2 is known. While W1 is due: -t_last e1 of the mini-batch before
+  bool is_due = false;      // W1 += k^T e1 of the mini-batch before
   for (int start = -int(phase[sequence]); true; start += K) {
     const Span span = span_at(start, n, K);
     const bool is_last = start + K >= n, commits = span.count == K;
-    const device float* W1_now = has_committed ? W1_out : W1;
+    if (is_due) next.save(ks, past_ks, thread_index);
     next.put(ks, qs, thread_index);
     threadgroup_barrier(Work::FLAGS);
 
     // x2 = gelu(k W1 + b1), the slope of the gelu, and q W1 + b1.
-    Tile x2[UNITS][BLOCKS], q2[UNITS][BLOCKS], e1[UNITS][BLOCKS];  // e1 holds gelu' until e2 is known
+    Tile x2[UNITS][BLOCKS], q2[UNITS][BLOCKS];
     TTT_UNROLL for (int h = 0; h < UNITS; ++h) {
       TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
         x2[h][r] = bias[h];
@@ -269,17 +274,20 @@ METAL_FUNC void mlp_chunk(
       }
     }
     for (int d = 0; d < D / 8; ++d) {
-      Tile k_tile[BLOCKS], q_tile[BLOCKS];
-      TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
-        k_tile[r] = load_tile(ks + 8 * r * STRIDE + 8 * d, STRIDE);
-        q_tile[r] = load_tile(qs + 8 * r * STRIDE + 8 * d, STRIDE);
-      }
-      TTT_UNROLL for (int h = 0; h < UNITS; ++h) {
-        Tile W = load_tile(W1_now + d * 8 * F + 8 * h, F);
+      Tile W[UNITS];
+      TTT_UNROLL for (int h = 0; h < UNITS; ++h) W[h] = load_tile(W1_now + d * 8 * F + 8 * h, F);
+      if (is_due) {
         TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
-          multiply_add(x2[h][r], k_tile[r], W);
-          multiply_add(q2[h][r], q_tile[r], W);
+          Tile k_tile = load_transposed(past_ks + 8 * r * STRIDE + 8 * d, STRIDE);
+          TTT_UNROLL for (int h = 0; h < UNITS; ++h) multiply_add(W[h], k_tile, e1[h][r]);
         }
+        TTT_UNROLL for (int h = 0; h < UNITS; ++h) store_tile(W[h], W1_out + d * 8 * F + 8 * h, F);
+      }
+      TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) {
+        Tile k_tile = load_tile(ks + 8 * r * STRIDE + 8 * d, STRIDE);
+        TTT_UNROLL for (int h = 0; h < UNITS; ++h) multiply_add(x2[h][r], k_tile, W[h]);
+        Tile q_tile = load_tile(qs + 8 * r * STRIDE + 8 * d, STRIDE);
+        TTT_UNROLL for (int h = 0; h < UNITS; ++h) multiply_add(q2[h][r], q_tile, W[h]);
       }
     }
     TTT_UNROLL for (int h = 0; h < UNITS; ++h) {
@@ -310,6 +318,12 @@ METAL_FUNC void mlp_chunk(
         const float t_row = 8 * r + lane.row < K ? t[8 * r + lane.row] : 0.0f;
         store_tile(causal_weights(dots, t_row, r, c, lane), weights + triangle_at(r, c), 8);
       }
+    }
+
+    if (is_due) {
+      W1_now = W1_out;
+      is_due = false;
+      threadgroup_barrier(Work::FLAGS);  // past_ks is free
     }
 
     // x2 W2, the first sum over the hidden units.
@@ -418,15 +432,7 @@ METAL_FUNC void mlp_chunk(
           multiply_add(bias[h], ones, e1[h][r]);
         }
       }
-      for (int d = 0; d < D / 8; ++d) {
-        Tile k_tile[BLOCKS];
-        TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) k_tile[r] = load_transposed(ks + 8 * r * STRIDE + 8 * d, STRIDE);
-        TTT_UNROLL for (int h = 0; h < UNITS; ++h) {
-          Tile W = load_tile(W1_now + d * 8 * F + 8 * h, F);
-          TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) multiply_add(W, k_tile[r], e1[h][r]);
-          store_tile(W, W1_out + d * 8 * F + 8 * h, F);
-        }
-      }
+      is_due = true;
     }
     threadgroup_barrier(Work::FLAGS);
 
@@ -469,7 +475,6 @@ METAL_FUNC void mlp_chunk(
       }
     }
     if (commits) {
-      has_committed = true;
       for (int row = 0; row < K; ++row) Cols::add(bias2, e2s + row * STRIDE, -t_last, lane_index);
     }
     if (is_last) break;
@@ -481,11 +486,14 @@ METAL_FUNC void mlp_chunk(
   }
   if (simdgroup == 0) Cols::store(b2_out + head_at * D, bias2, lane_index);
   W2_tiles.close();
-  if (!has_committed) {
+  if (!is_due && W1_now == W1_out) return;
+  for (int d = 0; d < D / 8; ++d) {
+    Tile k_tile[BLOCKS];
+    TTT_UNROLL for (int r = 0; r < BLOCKS; ++r) k_tile[r] = load_transposed(ks + 8 * r * STRIDE + 8 * d, STRIDE);
     TTT_UNROLL for (int h = 0; h < UNITS; ++h) {
-      for (int d = 0; d < D / 8; ++d) {
-        store_tile(load_tile(W1 + d * 8 * F + 8 * h, F), W1_out + d * 8 * F + 8 * h, F);
-      }
+      Tile W = load_tile(W1_now + d * 8 * F + 8 * h, F);
+      TTT_UNROLL for (int r = 0; is_due && r < BLOCKS; ++r) multiply_add(W, k_tile[r], e1[h][r]);
+      store_tile(W, W1_out + d * 8 * F + 8 * h, F);
     }
   }
 }

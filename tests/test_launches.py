@@ -23,10 +23,12 @@ from benchmarks.launches.evaluation import Device, drop, order
 from benchmarks.launches.fusion import fused
 from benchmarks.launches.gpus import GPUS
 from benchmarks.launches.graph import record
+from benchmarks.launches.memory import peak
 from benchmarks.launches.rules import kernel_name
 from benchmarks.models import SIZES, configuration
 from mlx_ttt.backends.cpu import library
 from mlx_ttt.backends.metal import block, decode_step
+from mlx_ttt.text.state import PREFILL_STEP_SIZE
 
 M1, M4_MAX, M5 = GPUS
 HALF = mx.float16
@@ -502,6 +504,33 @@ def test_a_token_of_ours_takes_a_dozen_launches(batch, offset, most):
 @pytest.mark.parametrize("mamba", [True, False])
 def test_a_prompt_of_ours_takes_at_most_thirty_launches(mamba, batch):
     assert worst(Case(ours(mamba=mamba), batch=batch, tokens=600)) <= (30 if mamba else 20)
+
+
+def test_the_memory_of_a_prompt():
+    """By hand: nine products and what is between them, all of it or what two operations need at a time."""
+    few, more = (decoding.token(Case(ours(), tokens=n)) for n in (512, 1024))
+    kept_up, weights = peak(few, keeps_up=True)
+    not_begun, same_weights = peak(few, keeps_up=False)
+    assert weights == same_weights >= sum(x.nbytes for x in few.parameters) - 16384
+    row = 512 * 2 * TINY.hidden  # bytes of 512 tokens in float16
+    assert 2 * row < kept_up - weights < not_begun - weights
+    # A layer computes at least 14 such arrays, among them those of the convolutions, q, k, v and y.
+    assert not_begun - weights > 14 * TINY.layers * row
+    assert peak(more, keeps_up=False)[0] - weights < 2.1 * (not_begun - weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["TTT-Linear", "TTT-MLP"])
+def test_a_long_prompt_of_the_largest_model_stays_below_one_and_a_half_gigabytes(kind):
+    """Whatever the device does. All layers are alike."""
+    size = next(size for name, size in SIZES.items() if name.lower() == "1.3b")
+    config = configuration(kind, size) | {"pre_conv": True, "share_qk": True, "use_gate": True}
+    besides = []
+    for layers in (2, 3):
+        call = decoding.token(Case(config | {"num_hidden_layers": layers}, tokens=PREFILL_STEP_SIZE))
+        most, weights = peak(call, keeps_up=False)
+        besides.append(most - weights)
+    assert besides[0] + (size.layers - 2) * (besides[1] - besides[0]) < 1.5e9
 
 
 def test_a_prompt_of_any_length_is_one_call_of_the_kernel():

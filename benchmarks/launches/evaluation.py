@@ -65,6 +65,9 @@ class Device:
     def launch(self, what: str) -> None:
         self.launches[what] += 1
 
+    def encoded(self, operation: Operation) -> None:
+        """Called after each operation. For those who count something else."""
+
     def array(self, shape: Sequence[int], dtype: mx.Dtype) -> Array:
         """An array that is there already, held by the caller."""
         x = Array(shape, dtype)
@@ -99,7 +102,7 @@ class Device:
             call = array.call
             assert call is not None
             inputs, outputs = call.inputs, call.outputs
-            encode(self, call.operation, inputs, outputs)
+            encode(self, operation := call.operation, inputs, outputs)
             kept = {x.buffer for x in inputs} | {x.buffer for x in outputs if x is not array}
             for buffer in kept - {array.buffer, None}:
                 buffer.users += 1
@@ -110,6 +113,7 @@ class Device:
             for x in outputs:
                 if not x.holds and x.buffer is not None:
                     x.buffer.users -= 1
+            self.encoded(operation)
         for x in arrays:
             drop(x)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -80,35 +80,46 @@ class LogitChanges:
             prompt, written: the tokens of the text so far.
             V: size of the vocabulary.
         """
-        self._sampling, self._V = sampling, V
-        bias, read = np.zeros(V, np.float32), np.zeros(V, bool)
-        for token, value in sampling.bias.items():
-            bias[token] = value
-        read[list(prompt)] = True
-        self._bias, self._read = mx.array(bias), mx.array(read)
-        self._written = len(written)
+        self._sampling, self._V, self._written = sampling, V, len(written)
+        self._bias = _dense(V, np.float32, list(sampling.bias), list(sampling.bias.values())) if sampling.bias else None
+        self._factors = _dense(V, np.float32, [*prompt, *written], sampling.repetition, others=1)
         self._counts = mx.array(np.bincount(np.array(written, np.int64), minlength=V).astype(np.int32))
         self._penalties = mx.zeros(0)  # of a token that was written 0, 1, ... times
 
     def changed(self, logits: mx.array) -> mx.array:
         """The logits [V] of the next token, with bias and penalties."""
-        factor = self._sampling.repetition
-        if factor != 1:
-            repeated = mx.where(logits > 0, logits / factor, logits * factor)
-            logits = mx.where(self._read | (self._counts > 0), repeated, logits)
-        if self._written >= self._penalties.size:
-            self._penalties = self._table(2 * self._written + 16)
-        return (logits + (self._bias + self._penalties[self._counts])).astype(logits.dtype)
+        sampling, dtype = self._sampling, logits.dtype
+        if sampling.repetition != 1:
+            factors = self._factors.astype(dtype)
+            logits = mx.where(logits > 0, logits / factors, logits * factors)
+        if sampling.presence or sampling.frequency:
+            if self._written >= self._penalties.size:
+                self._penalties = self._table(2 * self._written + 16)
+            penalties = self._penalties[self._counts]
+            logits = logits + (penalties if self._bias is None else self._bias + penalties)
+        elif self._bias is not None:
+            logits = logits + self._bias
+        return logits.astype(dtype)
 
     def add(self, token: mx.array) -> None:
         """The token has been chosen. The device may still compute it."""
         self._written += 1
-        self._counts = self._counts.at[mx.minimum(token, self._V - 1)].add(1)
+        token = mx.minimum(token, self._V - 1)
+        if self._sampling.repetition != 1:
+            self._factors = mx.put_along_axis(self._factors, token[None], mx.array(self._sampling.repetition), axis=0)
+        self._counts = self._counts.at[token].add(1)
 
     def _table(self, size: int) -> mx.array:
         penalties = self._sampling.presence + self._sampling.frequency * np.arange(size)
         penalties[0] = 0
         return mx.array(-penalties.astype(np.float32))
+
+
+def _dense(V: int, dtype: Any, indices: list[int], values: Any, others: float = 0) -> mx.array:
+    """[V], with these values at these places."""
+    array = np.full(V, others, dtype)
+    array[indices] = values
+    return mx.array(array)
 
 
 def choose(logits: mx.array, sampling: Sampling, seed: int, number: int) -> mx.array:

@@ -26,7 +26,9 @@ from ..network.rewind import RewindableTTTCache
 from .tokenizer import encode
 
 FORMAT = 2  # of a saved state that is frozen, learns at another rate or can take tokens back; of all others 1
-PREFILL_STEP_SIZE = 512  # tokens per call of the model while a prompt is read; bounds the memory
+# Tokens per call of the model while a prompt is read. So many take the 1.3B model at most 1.4 GB besides its weights,
+# on any GPU (python -m benchmarks.launches.memory).
+PREFILL_STEP_SIZE = 512
 CONTEXT_TOKENS = 8  # kept for the detokenizer: more tokens than a UTF-8 character has bytes
 EARLIER_BUNDLED = {  # fingerprints of bundled models that have been replaced, and the last version that had each
     "8069c8c9992b91e3f58d563e24b3e755de5e6e6491ea8517c4a305cf0e8bd946": "0.1.0",

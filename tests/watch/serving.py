@@ -39,10 +39,18 @@ class Server:
             connection.request("GET", "/events")
             response = connection.getresponse()
             assert response.status == 200 and response.headers["content-type"].startswith("text/event-stream")
-            lines = iter(response.readline, b"")
-            yield (json.loads(line[6:]) for line in lines if line.startswith(b"data: "))
+            yield _events(iter(response.readline, b""))
         finally:
             connection.close()
+
+
+def _events(lines: Iterator[bytes]) -> Iterator[dict]:
+    quiet = 0  # signs of life since the last event, which keep a connection from timing out
+    for line in lines:
+        quiet = 0 if line.startswith(b"data: ") else quiet + line.startswith(b":")
+        assert quiet < 8, "two minutes without an event"
+        if line.startswith(b"data: "):
+            yield json.loads(line[6:])
 
 
 @contextmanager

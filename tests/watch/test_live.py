@@ -72,6 +72,17 @@ def test_a_text_is_told_as_it_is_read(session, model, told, monkeypatch):
     np.testing.assert_allclose(points[-1]["layers"], np.array(drift(model[0], cache).of_layers().relative)[:, 0], 1e-3)
 
 
+def test_a_text_that_goes_on(session, told, monkeypatch):
+    """No second start of a text, and points of the drift at ends of mini-batches, but for each turn's last."""
+    monkeypatch.setattr(live, "PIECE", 16)
+    for _ in range(2):
+        session.take_turn(["A"], Turn(TEXT))
+    assert text_of(told) == 2 * TEXT
+    assert [place for event in advances(told) for place, name in event["names"].items() if name == "<s>"] == [0]
+    points = [event["drift"]["at"] for event in advances(told) if event["drift"]]
+    assert len([at for at in points if at % 16]) <= 2 and len(points) > 6
+
+
 def test_columns_grow_with_the_tokens(session, model, told):
     session.take_turn(["A"], Turn(TEXT))
     session.take_turn(["A"], Turn("", max_tokens=5))
@@ -108,6 +119,26 @@ def test_the_forgetful_state(session, model, told, monkeypatch):
     np.testing.assert_allclose(again[1 : len(ids)], losses(model[0], ids, 16), rtol=1e-3, atol=1e-4)
 
 
+def test_the_forgetful_state_learns_as_much(session, model, told):
+    session.set_learning("A", 0)
+    session.take_turn(["A"], Turn(TEXT))
+    ids = mx.array([model[1].encode(TEXT)])
+    expected = mlx_ttt.observe(model[0], ids, learning=0).surprisal[0, 1:]
+    np.testing.assert_allclose(joined(told, "reset")[1:], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_forgetful_state_goes_back_too(session, told):
+    session.take_turn(["A"], Turn(TEXT))
+    session.remember("A")
+    told.clear()
+    session.take_turn(["A"], Turn("ROMEO.\n"))
+    once = joined(told, "reset")
+    session.go_back("A", 1)
+    told.clear()
+    session.take_turn(["A"], Turn("ROMEO.\n"))
+    np.testing.assert_array_equal(joined(told, "reset"), once)
+
+
 def test_nothing_is_learned_with_learning_zero(session, told):
     session.set_learning("B", 0)
     session.take_turn(["A", "B"], Turn(TEXT, max_tokens=4))
@@ -121,6 +152,29 @@ def test_both_sides_draw_the_same(session, told):
     session.take_turn(["A"], Turn("", max_tokens=12, temperature=1.0, seed=4))
     session.take_turn(["B"], Turn("", max_tokens=12, temperature=1.0, seed=5))
     assert text_of(told, "A") != text_of(told, "B")
+
+
+def test_each_token_is_drawn_with_a_number_of_its_own(session, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(live, "_drawn", lambda logits, temperature, seed: seeds.append(seed) or 40)
+    session.take_turn(["A"], Turn("ROMEO.\n", max_tokens=4, temperature=1.0, seed=3))
+    assert seeds == [3, 4, 5, 6]
+
+
+def test_writing_ends_with_the_models_end_of_a_text(session, model, told, monkeypatch):
+    tokens = iter([40, 41, model[1].eos_token_id, 42])
+    monkeypatch.setattr(live, "_drawn", lambda *_: next(tokens))
+    session.take_turn(["A"], Turn("ROMEO.\n", max_tokens=4))
+    assert len([event for event in advances(told) if event["written"]]) == 2 and next(tokens) == 42
+
+
+def test_a_character_of_several_tokens_comes_with_its_last(session, model, told, monkeypatch):
+    tokens = iter(model[1].encode("日")[-3:])
+    monkeypatch.setattr(live, "_drawn", lambda *_: next(tokens))
+    session.take_turn(["A"], Turn("ROMEO.\n", max_tokens=3))
+    assert [event["texts"] for event in advances(told) if event["written"]] == [[""], [""], ["日"]]
+    start = len(session.sides["A"].text) - 3
+    assert {place for event in advances(told)[1:] for place in event["names"]} == {start, start + 1}
 
 
 def test_remember_and_go_back(session, told):
@@ -151,6 +205,7 @@ def test_a_new_page_is_told_everything_once(session, told):
     states, a, b = session.snapshot(lambda: None)
     assert states["states"] == [{"id": 1, "name": "state 1", "tokens": len(session.sides["A"].text)}]
     assert text_of(a["history"]) == TEXT and b["history"] == []
+    assert len(joined(a["history"], "reset")) == len(session.sides["A"].text)
 
 
 def test_what_is_refused(session, monkeypatch):
@@ -160,6 +215,9 @@ def test_what_is_refused(session, monkeypatch):
         session.go_back("A", 7)
     with pytest.raises(StateError, match="there is no state 7"):
         session.forget(7)
+    with monkeypatch.context() as patch, pytest.raises(PromptError, match="token id 9999 is outside"):
+        patch.setattr(live, "encode_long", lambda *_: np.array([5, 9999]))  # of another model's tokenizer
+        session.take_turn(["A"], Turn(TEXT))
     monkeypatch.setattr(live, "MOST_TOKENS", 20)
     with pytest.raises(PromptError, match="the page keeps 20"):
         session.take_turn(["A"], Turn(TEXT))
@@ -180,3 +238,5 @@ def test_a_turn_can_be_stopped(session, told):
     session._publish = publish
     session.take_turn(["A"], Turn("ROMEO.\n", max_tokens=1000))
     assert len([event for event in advances(told) if event["written"]]) == stop_at - 1
+    session.take_turn(["A"], Turn("", max_tokens=2))  # which the stop before it does not end
+    assert len([event for event in advances(told) if event["written"]]) == stop_at + 1

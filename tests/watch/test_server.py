@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
@@ -10,7 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlx_ttt.watch.server import OnlyTrustedHosts
+from mlx_ttt.errors import StateError
+from mlx_ttt.watch import server as watch_server
+from mlx_ttt.watch.server import Hub, OnlyTrustedHosts, Watcher
 
 from .serving import Server, serving
 
@@ -56,6 +59,53 @@ def test_which_hosts_are_trusted(serves_at, header, trusted):
     assert OnlyTrustedHosts(None, serves_at)._trusts(header) is trusted  # type: ignore[arg-type]
 
 
+def test_what_goes_wrong_in_the_models_thread_is_told_and_ends_nothing(monkeypatch):
+    told: list[dict] = []
+    watcher = Watcher(lambda publish: (None, ""))  # type: ignore[arg-type, return-value]
+    monkeypatch.setattr(watcher._hub, "publish", told.append)
+
+    def fail(error):
+        raise error
+
+    for error in (StateError("no such state"), ZeroDivisionError("by zero")):
+        watcher._in_thread(lambda error=error: fail(error))
+    watcher._thread.submit(told.append, {"kind": "alive"}).result()
+    assert [event.get("message") for event in told] == ["no such state", "ZeroDivisionError: by zero", None]
+    watcher._thread.shutdown()
+
+
+def test_a_page_that_has_gone_is_forgotten():
+    class Blank:
+        def snapshot(self, join):
+            join()
+            return []
+
+    async def look(watcher: Watcher) -> tuple[int, int]:
+        events = watcher._events()
+        await events.__anext__()
+        there = len(watcher._hub._pages)
+        await events.aclose()
+        return there, len(watcher._hub._pages)
+
+    watcher = Watcher(lambda publish: (Blank(), ""))  # type: ignore[arg-type, return-value]
+    assert asyncio.run(look(watcher)) == (1, 0)
+    watcher._thread.shutdown()
+
+
+def test_a_page_that_does_not_read_is_let_go(monkeypatch):
+    monkeypatch.setattr(watch_server, "MOST_EVENTS", 2)
+
+    async def read() -> list[dict | None]:
+        hub, page = Hub(), asyncio.Queue()
+        hub.join(page)
+        for i in range(5):
+            hub.publish({"kind": str(i)})
+        await asyncio.sleep(0)
+        return [page.get_nowait() for _ in range(page.qsize())]
+
+    assert asyncio.run(read()) == [{"kind": "0"}, {"kind": "1"}, None]
+
+
 @pytest.mark.slow
 def test_pages_of_other_sites_get_nothing(server):
     assert server.request("GET", "/")[0] == 200
@@ -82,7 +132,13 @@ def test_a_turn_and_its_events(server):
         server.post("learning", {"side": "B", "learning": 0.5})
         until(events, kind="learning", side="B", learning=0.5)
         server.post("back", {"side": "B", "state": 99})
-        assert "there is no state 99" in until(events, kind="error")[-1]["message"]
+        assert until(events, kind="error")[-1]["message"] == "there is no state 99 (any more)"
+        server.post("turn", {"sides": ["B"], "tokens": 4096})
+        for path, asked in [("turn", {"sides": ["A"], "text": "x"}), ("back", {"side": "A", "state": "start"})]:
+            status, answer = server.post(path, asked)
+            assert status == 409 and answer["error"] == "the model is reading or writing: stop it first"
+        server.post("stop", {})
+        assert sum(event.get("written", False) for event in until(events, kind="busy", busy=False)) < 4096
 
 
 BAD = [

@@ -9,7 +9,7 @@ import weakref
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_ttt.backends.metal import rule
@@ -138,6 +138,42 @@ def test_what_has_changed_is_multiplied_as_it_is_now(change):
         prepare(model)
         assert joined(model) == [[72, 80], [72, 80]]
         assert_products(model)
+
+
+@pytest.mark.parametrize("make", [lambda: build("linear", "111"), quantized], ids=["float32", "quantized"])
+def test_adapters_and_fuse(make, monkeypatch):
+    """LoRA on some projections, its gradients, and the adapters fused: as without anything side by side."""
+
+    def adapted(is_prepared: bool):
+        model = make()
+        if is_prepared:
+            prepare(model)
+        model.freeze()
+        mx.random.seed(1)
+        size = {"rank": 4, "dropout": 0.0, "scale": 20.0, "keys": ["mlp.up_proj", "seq_modeling_block.q_proj"]}
+        linear_to_lora_layers(model, 2, size)
+        model.update(tree_map(lambda x: mx.cos(7 * x), model.trainable_parameters()))
+        return model
+
+    prepared, plain = adapted(True), adapted(False)
+    assert joined(prepared) == [[0, 0], [0, 0]]
+    assert_products(prepared)
+    ids = mx.arange(20)[None] % 30
+    with monkeypatch.context() as m:
+        m.setattr(rule, "available", lambda: False)  # no kernel is to be tried
+        gradients = [nn.value_and_grad(m, lambda m: m(ids).square().mean())(m)[1] for m in (prepared, plain)]
+    assert tree_flatten(gradients[0]) and all(
+        mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, gradients), strict=True)
+    )
+    for model in (prepared, plain):
+        fused = [(name, module.fuse()) for name, module in model.named_modules() if hasattr(module, "fuse")]
+        model.update_modules(tree_unflatten(fused))
+    prepare(prepared)
+    assert all(rows > 0 for block in joined(prepared) for rows in block)
+    assert_products(prepared)
+    both = [dict(tree_flatten(m.parameters())) for m in (prepared, plain)]
+    assert both[0].keys() == both[1].keys()
+    assert all(mx.array_equal(x, both[1][name]) for name, x in both[0].items())
 
 
 def test_a_bias_or_another_class_is_left_alone():

@@ -122,6 +122,15 @@ MUTATIONS = {
     "lr of the next row": ("mlp", "chunk", "ks[row * STRIDE + D]", "ks[(row ^ 1) * STRIDE + D]"),
     "a token does not see itself": ("linear", "chunk", "col <= row ?", "col < row ?"),
     "a token sees the next": ("linear", "chunk", "col + 1 <= row ?", "col <= row ?"),
+    "W1 never learns": ("mlp", "chunk", "is_due = true;", "is_due = false;"),
+    "W1 learns of the mini-batch's own keys": (
+        "mlp",
+        "chunk",
+        "load_transposed(past_ks + 8 * r",
+        "load_transposed(ks + 8 * r",
+    ),
+    "W1 learns twice": ("mlp", "chunk", "      is_due = false;\n", ""),
+    "the last mini-batch is not learned": ("mlp", "chunk", "is_due && r < BLOCKS", "false && r < BLOCKS"),
     "a token does not see its own x2": (
         "mlp",
         "chunk",
@@ -162,7 +171,7 @@ MUTATIONS = {
         "Cols::add(bias2, e2s + row * STRIDE, 0",
     ),
     "W2 takes x2 for its transpose": ("mlp", "chunk", "x2[h][r] = transposed(x2[h][r], lane);", ";"),
-    "W1 stays as it was": ("mlp", "chunk", "W1_now = has_committed ? W1_out : W1", "W1_now = W1"),
+    "W1 stays as it was": ("mlp", "chunk", "W1_now = W1_out;", ""),
 }
 
 

@@ -56,7 +56,8 @@ class TestBundle:
         """The states of `main` by the layout of metadata.json, and the start weights that they are differences from."""
         model, tokenizer = mlx_ttt.load()
         arrays, source = mx.load(str(exported / "source.safetensors"), return_metadata=True)
-        assert source == {"fingerprint": fingerprint(model, tokenizer), "model": fingerprint(model)}
+        known = {"format": "1", "fingerprint": fingerprint(model, tokenizer), "model": fingerprint(model)}
+        assert source == known
         start = model.make_cache()[0].weights[0]
         np.testing.assert_array_equal(arrays["0.W1"], start)
         state = read_bundle(exported).facts["state"]
