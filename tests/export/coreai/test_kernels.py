@@ -23,10 +23,11 @@ from mlx_ttt.cli.convert import convert
 from mlx_ttt.errors import CheckpointError, TTTError
 from mlx_ttt.export.coreai import kernels
 from mlx_ttt.export.coreai.bundle import read_bundle
+from mlx_ttt.export.coreai.program import build as build_program
 from mlx_ttt.export.coreai.program import build_with_kernels, outside, save
 from mlx_ttt.export.coreai.runtime import Runtime, start_session, zeros
 from mlx_ttt.export.coreai.state import apart_shapes
-from mlx_ttt.export.functions import IDS, SIGNALS, Options
+from mlx_ttt.export.functions import FUNCTIONS, IDS, SIGNALS, Options
 from mlx_ttt.export.layout import StateLayout
 from mlx_ttt.export.session import Session
 
@@ -41,9 +42,11 @@ on_host = pytest.mark.skipif(why_unavailable() is not None, reason=str(why_unava
 
 
 @contextmanager
-def running(model, folder: Path, options: Options, steps: bool = True) -> Iterator[tuple[Session, WithHostKernels]]:
+def running(
+    model, folder: Path, options: Options, steps: bool = True, weights: str = "float32"
+) -> Iterator[tuple[Session, WithHostKernels]]:
     """A text before its first token, and what runs the functions of the model's saved program with kernels."""
-    save(build_with_kernels(model, "float32", options), folder / "model.aimodel")
+    save(build_with_kernels(model, weights, options), folder / "model.aimodel")
     cut(folder / "model.aimodel", folder / "cut.aimodel")
     with Runtime(folder / "cut.aimodel") as runtime:
         functions = WithHostKernels(folder / "model.aimodel", runtime, (model.args.mini_batch_size - 1) * steps)
@@ -71,6 +74,24 @@ def test_a_text_with_scale_and_signals(kind, flags, steps, tmp_path):
         compare(model, session, ids, uneven(model), EXACT)
     assert min(functions.called["decode"], functions.called["prefill"]) >= 2
     assert (functions.called["step"] > 0) == steps
+
+
+@on_host
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["float16", "int8", "int4", "lut4"])
+def test_formats_beside_operations(weights, tmp_path):
+    """The same functions in operations, on Apple's runtime: the two programs store the same numbers."""
+    model, options = build("mlp", "110", hidden_size=32), Options(compute="float32")
+    layout, K = StateLayout.of(model.args), model.args.mini_batch_size
+    save(build_program(model, weights, options, FUNCTIONS), tmp_path / "operations.aimodel")
+    ids = text(model, 3 * K + 2)
+    parts = ids[: K + 2], *singly(ids[K + 2 : 2 * K + 1]), ids[2 * K + 1 :]
+    with_kernels, operations = running(model, tmp_path, options, weights=weights), tmp_path / "operations.aimodel"
+    with with_kernels as (session, _), Runtime(operations) as runtime:
+        other = start_session(runtime, layout, np.float32)
+        (_, found), (_, wanted) = feed(session, *parts), feed(other, *parts)
+        assert error(found, wanted) <= EXACT
+        assert error(session.state, other.state) <= EXACT
 
 
 @on_host
