@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -43,9 +44,12 @@ def learning_options(command: Callable[..., None]) -> Callable[..., None]:
     help="mixed: the inner model learns in float32, for texts that float16 is too coarse for.",
 )
 @learning_options
-def coreai(
-    model: str, tokenizer: str | None, out: Path, weights: str, compute: str, learning: bool, signals: bool
-) -> None:
+@click.option(
+    "--kernels",
+    is_flag=True,
+    help="A second program beside the first, for a GPU: with our Metal kernels. No device has run it yet.",
+)
+def coreai(model: str, tokenizer: str | None, out: Path, weights: str, kernels: bool, **options: Any) -> None:
     """Export MODEL, a model directory or ORG/NAME, to the folder OUT, a bundle for Core AI (iOS 27, macOS 27).
 
     Apple's runner for language models takes it as it is. Apple's runtime for Linux proves it: `convert.py verify`.
@@ -59,8 +63,8 @@ def coreai(
     directory = existing(model, tokenizer)
     start = time.perf_counter()
     with Progress("exporting") as progress:
-        options = Options(compute=compute, learning=learning, signals=signals)
-        report = export(directory, out, weights=weights, options=options, progress=progress)
+        chosen = Options(**options)
+        report = export(directory, out, weights=weights, options=chosen, kernels=kernels, progress=progress)
     click.echo(f"{report.out}")
     click.echo(
         f"{report.nbytes / 1e6:.1f} MB, state {report.state_nbytes / 1e6:.2f} MB; {time.perf_counter() - start:.0f} s"
@@ -100,6 +104,8 @@ def verify_bundle(ctx: click.Context, bundle: Path, model: Path, tokens: int | N
         for row in found.rows
     ]
     show_table([heads, *rows])
+    if found.kernels:
+        click.echo(f"Not run: the kernels of {found.kernels}, which load only where there is Apple's GPU.")
     click.echo(f"Run by Core AI's runtime. Bounds are for --compute {found.compute}: {found.rows[0].bound.reason}.")
     click.echo(
         f"The model was given the weights as {found.weights} stores them: {found.bits[1]:.4f} bits per token of this"

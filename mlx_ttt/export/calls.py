@@ -48,6 +48,8 @@ class Call(ABC):
             [1, 1, n, K].
         committed: by mini-batch 1 if it is complete after this call, else 0: [1, 1, 1, 1].
         open: by mini-batch 1 for each row that stays open after this call, else 0: [1, 1, K, 1] or [1, 1, 1, 1].
+        phase: how many tokens the open mini-batch holds before this call, [1], int32.
+        length: how many tokens of this call count, [1], int32.
         scales: by layer what the learning rates are multiplied by, [1, H, 1, 1]; None: nothing.
         seen: where each layer leaves its signals; None: it computes none.
     """
@@ -57,6 +59,8 @@ class Call(ABC):
     factors: Sequence[Value]
     committed: Sequence[Value]
     open: Sequence[Value]
+    phase: Value
+    length: Value
     scales: Sequence[Value] | None = None
     seen: list[Signals] | None = None
 
@@ -141,6 +145,7 @@ class Decode(Call):
     def __init__(self, numbers: Numbers, model: Model, position: Value):
         args, const, ops, K = model.args, numbers.inner_const, numbers.ops, model.args.mini_batch_size
         super().__init__(numbers, 1, K)
+        self.phase, self.length = position, np.ones(1, np.int32)
         here_across = self._mask(ops.equal, np.arange(K).reshape(1, 1, 1, K), position, numbers.inner)
         self._here_down = self._mask(ops.equal, np.arange(K).reshape(1, 1, K, 1), position, numbers.inner)
         self.committed = [self._mask(ops.equal, np.full((1, 1, 1, 1), K - 1), position, numbers.inner)]
@@ -180,7 +185,8 @@ class Prefill(Call):
     def __init__(self, numbers: Numbers, model: Model, tokens: int, length: Value):
         args, const, ops, K = model.args, numbers.inner_const, numbers.ops, model.args.mini_batch_size
         super().__init__(numbers, tokens, K)
-        self._kept, self._length = args.conv_kernel - 1, length
+        self.phase, self.length = np.zeros(1, np.int32), length
+        self._kept = args.conv_kernel - 1
         self._counts = counts = self._mask(ops.less, np.arange(tokens).reshape(1, 1, tokens, 1), length, numbers.inner)
         by_mini_batch = self.mini_batches(counts)  # [1, 1, K, 1] each
         self.committed = [ops.slice(x, begin=[0, 0, K - 1, 0], size=[1, 1, 1, 1]) for x in by_mini_batch]
@@ -202,11 +208,11 @@ class Prefill(Call):
     def _history_mask(self) -> Value:
         """The i-th input to keep stands at length + i: row i is one there, [1, 1, kept, kept + T]."""
         start = np.arange(self._kept + self.tokens) - np.arange(self._kept)[:, None]
-        return self._mask(self.ops.equal, start[None, None], self._length, self.numbers.network)
+        return self._mask(self.ops.equal, start[None, None], self.length, self.numbers.network)
 
     def last(self, x: Value) -> Value:
         end = np.arange(1, self.tokens + 1).reshape(1, 1, -1)
-        return self.ops.matmul(self._mask(self.ops.equal, end, self._length, self.numbers.network), x)
+        return self.ops.matmul(self._mask(self.ops.equal, end, self.length, self.numbers.network), x)
 
 
 def rope(args: ModelArgs) -> tuple[np.ndarray, np.ndarray]:

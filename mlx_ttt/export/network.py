@@ -81,7 +81,7 @@ class Block:
             qk, state = self._convolution(qk, "conv_qk", state)
         q, k = ops.split(self._rotate(ops.cast(qk, numbers.inner)), [H, H], axis=1)
         tokens = Tokens(q, k, ops.cast(v, numbers.inner), self._learning_rates(x))
-        y, learned = UpdateRule(numbers, self._learner(), self.call, self.layer)(tokens, state)
+        y, learned = ops.learn(UpdateRule(numbers, self._learner(), self.call, self.layer), tokens, state)
 
         y = self.call.flat(ops.cast(y, numbers.network))
         y = layer_norm(
@@ -94,7 +94,7 @@ class Block:
     def _learner(self) -> Learner:
         const, weights, inner = self.numbers.inner_const, self.weights, INNER_MODELS[self.args.ttt_layer_type]
         start = {name: const(weights[name]) for name in inner.weight_names}
-        return Learner(inner, start, const(weights["gamma"]), const(weights["beta"]), const(weights["t"][-1]))
+        return Learner(inner, start, const(weights["gamma"]), const(weights["beta"]), const(weights["t"]))
 
     def _rotate(self, x: Value) -> Value:
         """RoPE, [1, H, T, D]; see calls.rope."""

@@ -7,7 +7,7 @@ number type of their arguments, unless said otherwise. Shapes broadcast as in Nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any, TypeAlias
 
@@ -82,3 +82,7 @@ class Operations:
     def total(self, values: Sequence[Value]) -> Value:
         """Sum of values of one shape, from the first to the last."""
         return reduce(self.add, values)
+
+    def learn(self, rule: Any, tokens: Any, state: Mapping[str, Value]) -> tuple[Value, dict[str, Value]]:
+        """What a rule.UpdateRule returns of its arguments. A lowering may have a kernel for it."""
+        return rule(tokens, state)

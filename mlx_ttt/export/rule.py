@@ -37,14 +37,19 @@ class Learner:
         inner: which inner model.
         start: its weights before the first token by name, as `layout.stored` has them, [1, H, ·, ·].
         gamma, beta: of its LayerNorm, [1, H, 1, D].
-        last_factor: t_{K-1}, by which a whole mini-batch is committed.
+        t: the factor of each token of a mini-batch, [K].
     """
 
     inner: InnerModel
     start: Mapping[str, np.ndarray]
     gamma: np.ndarray
     beta: np.ndarray
-    last_factor: np.ndarray
+    t: np.ndarray
+
+    @property
+    def last_factor(self) -> np.ndarray:
+        """t_{K-1}, by which a whole mini-batch is committed."""
+        return np.asarray(self.t[-1])
 
 
 @dataclass(frozen=True)

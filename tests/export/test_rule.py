@@ -69,7 +69,7 @@ def test_a_mini_batch(inner, length):
 
     order = halves_first(D)
     start = {name: stored(inner, name, w)[None] for name, w in weights.items()}
-    learner = Learner(inner, start, norm[0][None, ..., order], norm[1][None, ..., order], t[-1])
+    learner = Learner(inner, start, norm[0][None, ..., order], norm[1][None, ..., order], t)
     parts = {name: rows * columns // D for name, (rows, columns) in inner.weight_shapes(D).items()}
     parts |= {name: K * width // D for name, width in inner.row_widths(D).items()}
     empty = {name: np.zeros((1, H, rows, D), np.float32) for name, rows in parts.items()}

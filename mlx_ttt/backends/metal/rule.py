@@ -286,8 +286,34 @@ def metal_source(name: str) -> str:
     return source
 
 
-@functools.cache
-def _compiled(model: str, form: str, shown: bool, scratch: bool) -> Callable:
+class KernelText(NamedTuple):
+    """A kernel without the signature around it.
+
+    Attributes:
+        name: of the kernel.
+        inputs, outputs: the names of the arrays that the body uses. Integers D, K and TILES, an array q_shape
+            [B, T, H, D] and the positions that `POSITIONS` names are to be in scope, too.
+        header: what stands before the kernel.
+        body: what stands in it.
+    """
+
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    header: str
+    body: str
+
+
+POSITIONS = {
+    "threadgroup_position_in_grid": "uint3",
+    "thread_index_in_threadgroup": "uint",
+    "simdgroup_index_in_threadgroup": "uint",
+    "thread_index_in_simdgroup": "uint",
+}
+
+
+def kernel_text(model: str, form: str, shown: bool, scratch: bool) -> KernelText:
+    """A form of an inner model, for whatever launches it: as `_Variant` has it; and whether it has working memory."""
     weights = INNER_MODELS[model].weight_names
     inputs = ["q", "k", "v", "lr", "t", "gamma", "beta", *weights, "rows", "phase"]
     after = [f"{name}_out" for name in (*weights, "rows")]
@@ -314,13 +340,45 @@ def _compiled(model: str, form: str, shown: bool, scratch: bool) -> Callable:
     ttt::{model}_{form}<{template}>({", ".join(arguments)}, memory, threadgroup_position_in_grid,
         thread_index_in_threadgroup, simdgroup_index_in_threadgroup, {lane});
     """
-    return mx.fast.metal_kernel(  # type: ignore[return-value]
+    return KernelText(
         name=f"ttt_{model}_{form}{'_shown' if shown else ''}",
-        input_names=inputs,
-        output_names=[*outputs, *signals],
+        inputs=inputs,
+        outputs=[*outputs, *signals],
         header=metal_source(f"ttt_{model}{'_backward' if form == 'backward' else ''}.metal"),
-        source=body,
+        body=body,
     )
+
+
+@functools.cache
+def _compiled(model: str, form: str, shown: bool, scratch: bool) -> Callable:
+    text = kernel_text(model, form, shown, scratch)
+    return mx.fast.metal_kernel(  # type: ignore[return-value]
+        name=text.name, input_names=text.inputs, output_names=text.outputs, header=text.header, source=text.body
+    )
+
+
+class Launch(NamedTuple):
+    """A step or chunk form for somebody who launches it without MLX.
+
+    Attributes:
+        text: of the kernel.
+        tiles: TILES.
+        threads: of a threadgroup. There is one for each head and sequence, (head, sequence) in the grid.
+        scratch: floats of working memory for each head, an output [B, H, scratch]; 0: there is no such output.
+    """
+
+    text: KernelText
+    tiles: int
+    threads: int
+    scratch: int
+
+
+def launch(model: str, form: str, D: int, K: int, shown: bool) -> Launch:
+    """How a form is launched on a device that does not refuse it."""
+    variant = _Variant(model, form, D, K, mx.float32, shown)
+    tiles, scratch = _least_tiles(variant), _uses_scratch(variant)
+    text = kernel_text(model, form, shown, scratch)
+    return Launch(text, tiles, _threads(_Kernel(variant, tiles)), _scratch(D, K) if scratch else 0)
 
 
 def _launch(kernel: _Kernel, arrays: Sequence[mx.array], phase: Counts, lengths: Sequence[int]) -> list[mx.array]:
@@ -425,6 +483,11 @@ def _uses_scratch(variant: _Variant) -> bool:
     return variant[:2] == ("mlp", "chunk") and _scratch(variant.D, variant.K) > 0
 
 
+def _least_tiles(variant: _Variant) -> int:
+    """The fewest with which the form fits threadgroup memory."""
+    return 2 if variant[:2] == ("linear", "chunk") and variant.D == 128 and variant.K > 24 else 1
+
+
 @functools.cache
 def _tiles(variant: _Variant) -> int | None:
     """How many tiles of columns a simdgroup takes: 1, or 2 to halve the threadgroup; None if the device refuses both.
@@ -432,9 +495,8 @@ def _tiles(variant: _Variant) -> int | None:
     A kernel that needs more registers than a threadgroup of its size has is refused when it is first launched.
     """
     _, _, D, K, *_ = variant
-    fits = not (variant[:2] == ("linear", "chunk") and D == 128 and K > 24)  # in threadgroup memory, with 1
     served, error = None, None
-    for tiles in (1, 2) if fits else (2,):
+    for tiles in range(_least_tiles(variant), 3):
         try:
             mx.eval(_launch(_Kernel(variant, tiles), _tiny_arrays(variant), [0], [1]))
             served = tiles

@@ -6,6 +6,7 @@
     storage.py       the same in a graph
     state.py         the two forms of the state
     runner_main.py   `main`, which Apple's runner drives
+    kernels.py       the update rule as our Metal kernels
     program.py       the functions as one program
     bundle.py        the finished bundle
     runtime.py       runs a program: Apple's own runtime, on Linux too

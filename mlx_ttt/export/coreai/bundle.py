@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 import numpy as np
+from coreai.authoring import AIProgram
 
 from ...checkpoint.folder import complete_folder
 from ...checkpoint.tokenizer import write_json
@@ -29,7 +30,8 @@ from ..functions import Options
 from ..layout import StateLayout
 from ..numbers import COMPUTE
 from .formats import table_format
-from .program import ALL, build, save
+from .kernels import FORMS, check
+from .program import ALL, build, build_with_kernels, save
 from .runner_main import MAIN
 from .state import groups
 
@@ -60,6 +62,7 @@ def export(
     *,
     weights: str = "float16",
     options: Options | None = None,
+    kernels: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write the bundle `out` from a model directory; it appears only when it is complete.
@@ -70,13 +73,14 @@ def export(
         weights: one of formats.WEIGHTS, for the matrices of the blocks and an untied lm_head; the embedding is float32
             if the weights are, else float16; all else is in the number type that it is computed in.
         options: of the functions. States have the number type of the inner model.
+        kernels: whether a second program with our Metal kernels lies beside the first, which does without any.
         progress: called with the steps done so far and in all.
 
     Raises:
         CheckpointError: `model_dir` is no TTT model, or a weight is not finite or does not fit float16.
         TokenizerError: there is no tokenizer, or one that swift-transformers does not know.
         OutputError: `out` exists or cannot be written to.
-        TTTError: the options do not go together.
+        TTTError: the options do not go together, or there are no kernels for the model's sizes.
     """
     model_dir, out, options = Path(model_dir), Path(out).resolve(), options or Options()
     if weights == "float32" != options.compute:
@@ -86,32 +90,52 @@ def export(
     if out.exists() or out.is_symlink():
         raise OutputError(f"{out}: exists already; remove it or choose another name")
     model, config = load_model(model_dir)
+    if kernels:
+        check(model.args)
     tokenizer = load_tokenizer(model_dir, config)
     ids = special_ids(tokenizer)
     name = metadata.model_name(model_dir, config)
-    total, count = 4 * len(model.layers) + 1, itertools.count(1)
+    total, count = (4 + len(FORMS) * kernels) * len(model.layers) + 1, itertools.count(1)
 
     def step() -> None:
         progress(next(count), total)
 
-    with complete_folder(out, _expected_bytes(model, weights)) as folder:
-        (folder / "tokenizer").mkdir()
-        write_tokenizer(folder / "tokenizer", model_dir)
+    def write(make: Callable[[], AIProgram], asset: Path) -> None:
+        """One program at a time is held."""
         try:
-            program = build(model, weights, options, ALL, step)
+            program = make()
         except CheckpointError as error:
             raise CheckpointError(f"{model_dir}: {error}") from None
-        _save(lambda: save(program, folder / f"{name}.aimodel"), out)
-        write_json(folder / "metadata.json", bundle_metadata(name, model, options, weights, ids))
+        _save(lambda: save(program, asset), out)
+
+    with complete_folder(out, _expected_bytes(model, weights) * (1 + kernels)) as folder:
+        (folder / "tokenizer").mkdir()
+        write_tokenizer(folder / "tokenizer", model_dir)
+        write(lambda: build(model, weights, options, ALL, step), folder / f"{name}.aimodel")
+        how: dict[str, Any] = {"weights": weights}
+        if kernels:
+            how["kernels"] = {"asset": f"{name}-kernels.aimodel", "functions": list(FORMS), "unit": "gpu"}
+            write(lambda: build_with_kernels(model, weights, options, step), folder / how["kernels"]["asset"])
+        write_json(folder / "metadata.json", bundle_metadata(name, model, options, ids, how))
         write_source(folder / "source.safetensors", model, tokenizer)
-        _write_readme(folder, name, model)
+        _write_readme(folder, name, model, kernels)
         step()
         nbytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     return Report(out, nbytes, _state_nbytes(model, options.compute))
 
 
-def bundle_metadata(name: str, model: Model, options: Options, weights: str, ids: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of metadata.json: what Apple's runner reads, and in `user_data` what we do."""
+def bundle_metadata(
+    name: str, model: Model, options: Options, ids: Mapping[str, Any], how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of metadata.json: what Apple's runner reads, and in `user_data` what we do.
+
+    Args:
+        name: of the model.
+        model: for its sizes.
+        options: of the functions.
+        ids: of the tokens that begin and end a text.
+        how: `weights`, and `kernels` if there is a second program.
+    """
     layout = StateLayout.of(model.args)
     dtype = np.dtype(COMPUTE[options.compute][1]).name
     state = layout.description() | {"dtype": dtype, "groups": groups(layout)}
@@ -129,13 +153,15 @@ def bundle_metadata(name: str, model: Model, options: Options, weights: str, ids
             "states": dict.fromkeys(groups(layout), "fixed"),
         },
         "source": {"model_definition": f"mlx-ttt {__version__}"},
-        "compression": None if weights == "float32" else weights,
-        "user_data": metadata.facts(model, options, ids, {"weights": weights, "state": state}),
+        "compression": None if how["weights"] == "float32" else how["weights"],
+        "user_data": metadata.facts(model, options, ids, {**how, "state": state}),
     }
 
 
-def _write_readme(folder: Path, name: str, model: Model) -> None:
+def _write_readme(folder: Path, name: str, model: Model, kernels: bool) -> None:
     template = (Path(__file__).parent / "bundle.md").read_text(encoding="utf-8")
+    if kernels:
+        template += (Path(__file__).parent / "kernels.md").read_text(encoding="utf-8")
     text = Template(template).substitute(
         name=name, kind=model.args.kind, sizes=model.args.sizes, K=model.args.mini_batch_size
     )
@@ -186,7 +212,7 @@ class Bundle:
 
 
 def read_bundle(path: Path) -> Bundle:
-    """Read a bundle's metadata, and check that its program is whole.
+    """Read a bundle's metadata, and check that its programs are whole.
 
     Args:
         path: the bundle, or the .aimodel in it.
@@ -201,8 +227,16 @@ def read_bundle(path: Path) -> Bundle:
     try:
         asset = path / Path(content["assets"]["main"]).name
         facts = metadata.read_facts(content["user_data"], path)
+        assets = [asset, *([path / Path(facts["kernels"]["asset"]).name] if "kernels" in facts else [])]
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{path}: not a bundle that this version of `convert.py coreai` makes") from None
+    for each in assets:
+        _check_whole(each)
+    return Bundle(path, asset, facts)
+
+
+def _check_whole(asset: Path) -> None:
+    """Raise a CheckpointError if a program is not what its hash says."""
     try:
         digest = hashlib.sha256()
         with (asset / "main.mlirb").open("rb") as stream:
@@ -213,4 +247,3 @@ def read_bundle(path: Path) -> Bundle:
         raise CheckpointError(f"{asset}: cannot be read: {error.strerror}") from None
     if not whole:
         raise CheckpointError(f"{asset}: damaged: main.mlirb is not what main.hash says; export it again")
-    return Bundle(path, asset, facts)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import coreai.authoring  # before the compiler: imported first, that fails with a circular import
@@ -16,7 +18,7 @@ import numpy as np
 from coreai._compiler import ir
 from coreai._compiler._mlir_libs._coreaiIR._bindings.mlir.dialects.coreai import create_elements_attr
 from coreai._compiler.dialects import coreai as dialect
-from coreai.authoring import TensorType
+from coreai.authoring import CustomMetalKernel, MetalParameter, TensorType
 
 from ..operations import NumberType
 
@@ -107,6 +109,48 @@ def while_(
     with after:
         dialect.yield_(settled(step(*after.arguments)))
     return list(results)
+
+
+@dataclass(frozen=True)
+class MetalKernel:
+    """A Metal kernel that a graph launches. Core AI writes its signature: parameters are tensors, their names these.
+
+    Attributes:
+        name: of the kernel.
+        inputs, outputs: the names of its parameters.
+        positions: the types of its further parameters, which have the names of the attributes that fill them.
+        header: what stands before it.
+        body: what stands in it.
+    """
+
+    name: str
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    positions: Mapping[str, str]
+    header: str
+    body: str
+
+    @cached_property
+    def _kernel(self) -> CustomMetalKernel:
+        positions = [MetalParameter(name, kind, name) for name, kind in self.positions.items()]
+        names = list(self.inputs), list(self.outputs)
+        return CustomMetalKernel(self.name, *names, self.body, metal_params=positions, helper_src=self.header)
+
+    def __call__(
+        self,
+        inputs: Sequence[Value],
+        grid: Sequence[int],
+        threadgroup: Sequence[int],
+        outputs: Sequence[tuple[Sequence[int], NumberType]],
+    ) -> list[Value]:
+        """Its outputs, of these shapes and number types, in a grid of so many threads in threadgroups of so many."""
+
+        def numbers(x: Sequence[int]) -> Value:
+            return constant(np.asarray(x, np.uint32))
+
+        sizes = [numbers(grid), numbers(threadgroup), *(numbers(shape) for shape, _ in outputs)]
+        types = [TensorType(tuple(shape), number)._to_mlir() for shape, number in outputs]
+        return self._kernel._construct_kernel_op([*inputs, *sizes], types)
 
 
 def settled(values: Sequence[Value]) -> list[Value]:

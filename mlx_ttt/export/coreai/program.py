@@ -12,6 +12,7 @@ from ..functions import FUNCTIONS, ExportedFunction, Options
 from ..numbers import COMPUTE
 from ..operations import NumberType
 from .compiler import Value, add_function
+from .kernels import FORMS, KernelOperations
 from .operations import CoreAIOperations
 from .runner_main import MAIN, add_main
 from .state import apart_shapes
@@ -51,14 +52,32 @@ def build(
             if name == MAIN:
                 add_main(model, ops, options, outside(options.compute), progress)
             else:
-                _add(model, name, ops, options, progress)
+                _add(ExportedFunction(model, name, options, outside(options.compute)), name, ops, progress)
     module.verify()
     return AIProgram(module)
 
 
-def _add(model: Model, name: str, ops: CoreAIOperations, options: Options, progress: Callable[[], None]) -> None:
-    """Add `decode` or `prefill` to the module that is being built."""
-    exported = ExportedFunction(model, name, options, outside(options.compute))
+def build_with_kernels(
+    model: Model, weights: str, options: Options, progress: Callable[[], None] = lambda: None
+) -> AIProgram:
+    """The program for a GPU: `decode` and `prefill` with the same inputs, outputs and states; and `step`.
+
+    `step` is `decode` for a token that completes no mini-batch, so it leaves the inner models' weights alone. Arguments
+    and errors are those of `build`.
+    """
+    storage, number = Storage(weights), outside(options.compute)
+    module = Module.create()
+    with module:
+        for name, form in FORMS.items():
+            ops = KernelOperations(storage, COMPUTE[options.compute][0], form)
+            like = name if name in FUNCTIONS else "decode"
+            _add(ExportedFunction(model, like, options, number), name, ops, progress)
+    module.verify()
+    return AIProgram(module)
+
+
+def _add(exported: ExportedFunction, name: str, ops: CoreAIOperations, progress: Callable[[], None]) -> None:
+    """Add `decode` or `prefill` by some name to the module that is being built."""
     parts, states = exported.layout.parts, apart_shapes(exported.layout)
 
     def body(*arguments: Value) -> tuple[dict[str, Value], dict[str, Value]]:

@@ -106,12 +106,14 @@ class Verified:
         rows: of the comparison.
         bits: per token, of the model as it is, and of the model with the weights that the bundle stores.
         weights, compute: of the bundle.
+        kernels: the name of its program with kernels, which is not run; None: it has none.
     """
 
     rows: list[Row]
     bits: tuple[float, float]
     weights: str
     compute: str
+    kernels: str | None = None
 
 
 def verify(
@@ -163,7 +165,8 @@ def verify(
                 rows.append(_row(way, wanted, bundle.facts["compute"], done))
     except RuntimeError as error:
         raise CheckpointError(f"{bundle.asset}: Core AI's runtime refuses it: {first_line(error)}") from None
-    return Verified(rows, (own, expected.bits), bundle.facts["weights"], bundle.facts["compute"])
+    kernels = bundle.facts["kernels"]["asset"] if "kernels" in bundle.facts else None
+    return Verified(rows, (own, expected.bits), bundle.facts["weights"], bundle.facts["compute"], kernels)
 
 
 def store(model: Model, weights: str, compute: str) -> None:
