@@ -72,6 +72,31 @@ final class CommandTests: XCTestCase {
         XCTAssertEqual(found.remarks.components(separatedBy: "tokens/s").count, 3)
     }
 
+    func testALearningScaleChangesTheText() async throws {
+        let arguments = ["generate", "--model", small, "--prompt", "the inhabitants", "--max-tokens", "30"]
+        let plain = await run(arguments)
+        let one = await run(arguments + ["--learning", "1"])
+        XCTAssertEqual(one.output, plain.output)
+        let file = folder.appendingPathComponent("frozen.state")
+        let frozen = await run(arguments + ["--learning=0", "--save-state", file.path])
+        XCTAssertEqual(frozen.status, 0, frozen.remarks)
+        XCTAssertNotEqual(frozen.output, plain.output)
+        let tokenizer = try JSONTokenizer(folder: Files.fixture("small"))
+        let start = try ReferenceTTTModel(directory: Files.fixture("small"), vocabulary: tokenizer.vocabulary)
+        let weights = await start.state(position: 0).map(\.weights)
+        XCTAssertEqual(try TextState(contentsOf: file).layers.map(\.weights), weights)
+    }
+
+    func testChatTakesALearningScale() async throws {
+        let file = folder.appendingPathComponent("frozen.state")
+        let found = await run(
+            ["chat", "--model", small, "--max-tokens", "3", "--learning", "0", "--save-state", file.path],
+            input: ["the an"])
+        XCTAssertEqual(found.status, 0, found.remarks)
+        let rows = try TextState(contentsOf: file).layers[0].rows  // with scale 0 the errors in them are 0
+        XCTAssertGreaterThan(rows.values.filter { $0 == 0 }.count, rows.values.count / 2 - 1)
+    }
+
     func testAStateOfAnotherModelIsRefused() async throws {
         let state = Files.fixture("small/python.state").path
         let found = await run(["generate", "--model", Files.bundled.path, "--load-state", state])
@@ -84,7 +109,9 @@ final class CommandTests: XCTestCase {
             [], ["write"], ["generate"], ["generate", "--model"], ["generate", "--model", "/nowhere"],
             ["generate", "--model", small, "--max-tokens", "x"], ["generate", "--model", small, "--top-p", "2"],
             ["generate", "--model", small], ["state", "show"], ["state", "show", "/nowhere"], ["state", "--x", "1"],
-            ["verify", "--model", small],
+            ["verify", "--model", small], ["generate", "--model", small, "--prompt", "a", "--learning", "x"],
+            ["generate", "--model", small, "--prompt", "a", "--learning=-1"],
+            ["chat", "--model", small, "--learning", "nan"],
         ] {
             let found = await run(arguments)
             XCTAssertEqual(found.status, 2, "\(arguments)")
