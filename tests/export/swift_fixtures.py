@@ -155,7 +155,7 @@ def write_continuations(out: Path) -> None:
 
 
 def write_learning(out: Path) -> None:
-    """A text read with three learning scales [layers, H]: logits at some places, signals [layers, H, n] of all tokens."""
+    """A text read with three learning scales [layers, H]: logits at some places, signals [layers, H, n] everywhere."""
     for name, source in (("linear", mlx_ttt.bundled_model()), ("mlp", MLP)):
         model, _ = load_model(source)
         model.set_dtype(mx.float32)

@@ -110,10 +110,16 @@ public actor TTTGenerator {
     /// Control tokens that the template writes count as such only if the tokenizer finds them in texts, as tokenizers with a
     /// chat template do. For the first message of a text give all messages; later, those since the last answer.
     ///
+    /// - Parameters:
+    ///   - messages: see above.
+    ///   - template: of the tokenizer.
+    ///   - options: how to choose tokens, and where to stop.
+    ///   - progress: as in `generate`.
+    ///   - observer: as in `generate`.
     /// - Throws: `TTTError.unsupported` for messages that the template refuses.
     public nonisolated func answer(
-        _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(), progress: Progress? = nil,
-        observer: Observer? = nil
+        _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(),
+        progress: Progress? = nil, observer: Observer? = nil
     ) throws -> AsyncThrowingStream<String, Error> {
         stream(.chat(try template(messages)), options, Listeners(progress: progress, observer: observer))
     }
@@ -319,7 +325,9 @@ public actor TTTGenerator {
             done += count
             if let observer = listeners.observer {
                 let signals = try await model.signals()
-                guard signals.count == count else { throw TTTError.unexpectedOutput("\(signals.count) tokens' signals") }
+                guard signals.count == count else {
+                    throw TTTError.unexpectedOutput("the signals of \(signals.count) tokens, expected \(count)")
+                }
                 for (index, (token, seen)) in zip(tokens, signals).enumerated() {
                     observer(TTTObservation(token: token, position: position - count + index, signals: seen))
                 }

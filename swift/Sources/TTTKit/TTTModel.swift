@@ -175,7 +175,7 @@ public struct TTTModelInfo: Sendable, Equatable {
             throw TTTError.invalidOption("The learning scale is \(scale.shape), the model takes \(learningShape)")
         }
         if let wrong = scale.values.first(where: { !($0.isFinite && $0 >= 0) }) {
-            throw TTTError.invalidOption("The learning scale is \(wrong), expected finite numbers that are not negative")
+            throw TTTError.invalidOption("The learning scale has \(wrong), expected finite numbers from 0 on")
         }
     }
 }

@@ -30,7 +30,9 @@ struct Block: Sendable {
     var start: LayerState { layer.start }
 
     /// x [C] of one token -> [C]; see `TTTLayer.read`.
-    func read(_ x: [Float], _ state: inout LayerState, learning: [Float]?) -> (output: [Float], signals: [HeadSignals]) {
+    func read(
+        _ x: [Float], _ state: inout LayerState, learning: [Float]?
+    ) -> (output: [Float], signals: [HeadSignals]) {
         var x = x
         if let (norm, conv) = convolution {
             x = plus(x, conv(state.withHistory("conv", rmsNorm(x, norm, epsilon: configuration.normEpsilon))))

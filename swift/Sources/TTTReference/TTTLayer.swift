@@ -49,7 +49,9 @@ struct TTTLayer: Sendable {
     /// x [C] of one token -> [C]; and what each head did with it.
     ///
     /// - Parameter learning: what the learning rates are multiplied by, [H]; nil: nothing.
-    func read(_ x: [Float], _ state: inout LayerState, learning: [Float]?) -> (output: [Float], signals: [HeadSignals]) {
+    func read(
+        _ x: [Float], _ state: inout LayerState, learning: [Float]?
+    ) -> (output: [Float], signals: [HeadSignals]) {
         let D = configuration.headDim
         let (q, k) = queryAndKey(x, &state)
         let v = value(x)

@@ -25,7 +25,7 @@ final class LearningTests: XCTestCase {
                 let difference = zip(logits, wanted).reduce(0) { max($0, abs($1.0 - $1.1)) } / largest
                 XCTAssertLessThan(difference, Self.bound, "\(name), \(scale)")
                 let signals = expected.differences(seen)
-                print("\(name), learning \(scale): logits differ by \(difference) of the largest, signals by \(signals)")
+                print("\(name), learning \(scale): logits differ by \(difference), signals by \(signals)")
                 for (signal, difference) in signals {
                     XCTAssertLessThan(difference, Self.bound, "\(name), \(scale), \(signal)")
                 }
@@ -198,7 +198,7 @@ final class LearningTests: XCTestCase {
         }
         for wrong in [-1, Float.infinity, .nan] {
             await assertThrows(
-                .invalidOption("The learning scale is \(wrong), expected finite numbers that are not negative")
+                .invalidOption("The learning scale has \(wrong), expected finite numbers from 0 on")
             ) { try await generator.setLearning(wrong) }
         }
     }

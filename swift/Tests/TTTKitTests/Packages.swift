@@ -28,7 +28,8 @@ enum Packages {
     }
 
     static func load(_ package: URL) async throws -> CoreMLTTTModel {
-        let metadata = try function("decode", package).modelDescription.metadata[.creatorDefinedKey] as? [String: String]
+        let description = try function("decode", package).modelDescription
+        let metadata = description.metadata[.creatorDefinedKey] as? [String: String]
         let directory = source(package.lastPathComponent)
         let source = ModelSource(  // what `source.safetensors` beside the package would say
             fingerprint: try Files.json("linear.json")["fingerprint"]?.string ?? "",

@@ -48,7 +48,7 @@ final class ReferenceNetworkTests: XCTestCase {
                 let difference = largestDifference(found.flatMap { $0 }, expected.logits.flatMap { $0 }) / largest
                 XCTAssertLessThan(difference, 1e-4, "\(name), \(scale)")
                 let signals = expected.differences(seen)
-                print("\(name), learning \(scale): logits differ by \(difference) of the largest, signals by \(signals)")
+                print("\(name), learning \(scale): logits differ by \(difference), signals by \(signals)")
                 for (signal, difference) in signals {
                     XCTAssertLessThan(difference, 1e-4, "\(name), \(scale), \(signal)")
                 }
