@@ -21,6 +21,7 @@ import mlx_ttt
 from mlx_ttt.checkpoint.tokenizer import write_tokenizer
 from mlx_ttt.export.coreai.state import groups, together, unpacked
 from mlx_ttt.export.layout import StateLayout
+from mlx_ttt.export.verify import observed, uneven_scale
 from mlx_ttt.loading import load_model
 from mlx_ttt.model import Model, ModelArgs
 from mlx_ttt.network.cache import TTTCache
@@ -38,6 +39,7 @@ def main(out: Path = FIXTURES) -> None:
     write_packages(out)
     write_bundles(out)
     write_continuations(out)
+    write_learning(out)
     write_layouts(out)
     write_small_model(out / "small")
     write_samplers(out)
@@ -56,6 +58,9 @@ def write_packages(out: Path) -> None:
             ("linear", mlx_ttt.bundled_model(), Options(prefill_tokens=32)),
             ("linear-io", mlx_ttt.bundled_model(), Options(state_mode="io")),
             ("mlp", MLP, Options()),
+            ("linear-learning", mlx_ttt.bundled_model(), Options(prefill_tokens=32, learning=True, signals=True)),
+            ("linear-io-learning", mlx_ttt.bundled_model(), Options(state_mode="io", learning=True, signals=True)),
+            ("mlp-learning", MLP, Options(learning=True, signals=True)),
         ):
             package = Path(folder) / f"{name}.mlpackage"
             export(model, package, options=options, companions=False)
@@ -147,6 +152,22 @@ def write_continuations(out: Path) -> None:
             str(out / f"{name}.safetensors"),
             {"ids": text[0].astype(mx.int32), "positions": mx.array(POSITIONS), "logits": logits},
         )
+
+
+def write_learning(out: Path) -> None:
+    """A text read with three learning scales [layers, H]: logits at some places, signals [layers, H, n] everywhere."""
+    for name, source in (("linear", mlx_ttt.bundled_model()), ("mlp", MLP)):
+        model, _ = load_model(source)
+        model.set_dtype(mx.float32)
+        known = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        ids = [*known["prompt_ids"], *known["greedy_ids"]][: POSITIONS[-1] + 1]
+        arrays = {"ids": np.array(ids, np.int32), "positions": np.array(POSITIONS, np.int32)}
+        uneven = uneven_scale(model)
+        for case, learning in (("one", np.ones_like(uneven)), ("uneven", uneven), ("frozen", np.zeros_like(uneven))):
+            logits, signals = observed(model, ids, model.make_cache(), learning)
+            found = {"learning": learning, "logits": logits[list(POSITIONS)], **signals}
+            arrays |= {f"{case}.{key}": x for key, x in found.items()}
+        mx.save_safetensors(str(out / f"{name}-learning.safetensors"), {k: mx.array(x) for k, x in arrays.items()})
 
 
 # ------------------------------------------------------------------------------------------------- the state

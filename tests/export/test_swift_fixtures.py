@@ -10,8 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 import mlx_ttt
+from mlx_ttt.export.functions import SIGNALS
+from mlx_ttt.loading import load_model
 from mlx_ttt.text.state import fingerprint
-from tests.export.swift_fixtures import FIXTURES, write_bundles, write_layouts
+from tests.export.swift_fixtures import FIXTURES, MLP, write_bundles, write_layouts
 
 
 def load(name: str):
@@ -30,6 +32,21 @@ def test_the_bundled_model():
     text = mx.array([[*expected["prompt_ids"], *expected["greedy_ids"]]])
     after = np.array(model(text)[0, len(expected["prompt_ids"]) - 1 : -1])
     np.testing.assert_allclose(np.sort(after)[:, :-3:-1], np.array(expected["best_logits"]), atol=1e-4)
+
+
+@pytest.mark.parametrize("name, source", [pytest.param("linear", None, marks=pytest.mark.slow), ("mlp", MLP)])
+def test_the_learning_scales_and_signals(name, source):
+    model, _ = load_model(source or mlx_ttt.bundled_model())
+    model.set_dtype(mx.float32)
+    arrays = mx.load(str(FIXTURES / f"{name}-learning.safetensors"))
+    for case in ("one", "uneven", "frozen"):
+        expected = {key.removeprefix(f"{case}."): np.array(x) for key, x in arrays.items() if key.startswith(case)}
+        seen = mlx_ttt.observe(model, arrays["ids"][None], learning=expected["learning"])
+        found = {key: np.array(getattr(seen, field))[:, 0] for key, field in SIGNALS.items()}
+        logits = np.array(model(arrays["ids"][None], learning=expected["learning"])[0, arrays["positions"].tolist()])
+        for key, x in (found | {"logits": logits}).items():
+            bound = 1e-5 * np.abs(expected[key]).max()
+            np.testing.assert_allclose(x, expected[key], rtol=0, atol=bound, err_msg=f"{case}, {key}")
 
 
 def test_the_layouts(tmp_path):

@@ -10,11 +10,12 @@ package struct Command: Sendable {
 
     private static let sampling: Set = [
         "model", "max-tokens", "temperature", "top-p", "top-k", "min-p", "repetition-penalty", "seed", "stop", "save-state",
-        "load-state",
+        "load-state", "learning",
     ]
     private static let usage = """
         ttt generate --model DIR --prompt TEXT [--save-state FILE] [--load-state FILE] [--max-tokens N] [--temperature F]
                      [--top-p F] [--top-k N] [--min-p F] [--repetition-penalty F] [--seed N] [--stop TEXT]
+                     [--learning F]
         ttt chat --model DIR [the same options]
         ttt state show FILE
         ttt verify --model DIR
@@ -102,6 +103,9 @@ package struct Command: Sendable {
         let opened = try await OpenedModel(URL(fileURLWithPath: try arguments.required("model")))
         remarks(opened.remark)
         let generator = TTTGenerator(model: opened.model, tokenizer: opened.tokenizer)
+        if arguments.text("learning") != nil {
+            try await generator.setLearning(arguments.value("learning", default: 1))
+        }
         if let file = arguments.text("load-state") {
             for warning in try await generator.load(from: URL(fileURLWithPath: file)) { remarks(warning + "\n") }
         }

@@ -6,6 +6,8 @@ import TTTReference
 /// A model directory on the reference network: slow, in float32, on every system.
 package actor ReferenceTTTModel: TTTModel {
     package nonisolated let info: TTTModelInfo
+    private var learning: Tensor?
+    private var seen: [TTTSignals] = []
     private let network: ReferenceNetwork
     private let start: [LayerState]
     private var layers: [LayerState]
@@ -14,22 +16,42 @@ package actor ReferenceTTTModel: TTTModel {
     package init(directory: URL, vocabulary: [(token: String, id: Int)]) throws {
         network = try ReferenceNetwork(directory: directory)
         let configuration = network.configuration
-        info = try TTTModelInfo(
+        var info = try TTTModelInfo(
             miniBatchSize: configuration.miniBatchSize, vocabularySize: configuration.vocabularySize,
             prefillTokens: configuration.miniBatchSize, endTokens: Set(configuration.endTokens),
             fingerprint: Fingerprint.of(directory: directory, vocabulary: vocabulary))
+        (info.learningShape, info.givesSignals) = ([configuration.layers, configuration.heads], true)
+        self.info = info
         start = network.start
         layers = network.start
     }
 
     package func prefill(_ block: [Int], length: Int) throws -> [Float] {
-        var hidden: [Float] = []
-        for token in block.prefix(length) { hidden = try network.read(token, &layers) }
-        return network.logits(hidden)
+        try read(block.prefix(length))
     }
 
     package func decode(_ token: Int, position: Int) throws -> [Float] {
-        network.logits(try network.read(token, &layers))
+        try read([token])
+    }
+
+    private func read(_ tokens: ArraySlice<Int>) throws -> [Float] {
+        var hidden: [Float] = []
+        seen = []
+        for token in tokens {
+            let (output, signals) = try network.observe(token, &layers, learning: learning)
+            hidden = output
+            seen.append(signals)
+        }
+        return network.logits(hidden)
+    }
+
+    package func setLearning(_ scale: Tensor) throws {
+        try info.check(learning: scale)
+        learning = scale
+    }
+
+    package func signals() -> [TTTSignals] {
+        seen
     }
 
     package func state(position: Int) -> [LayerState] {

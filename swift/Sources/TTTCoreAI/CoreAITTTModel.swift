@@ -59,7 +59,9 @@ public actor CoreAITTTModel: TTTModel {
             throw TTTError.unreadableFile(description.asset.lastPathComponent, error.localizedDescription)
         }
         guard let function else { throw TTTError.notATTTPackage("it has no function main") }
-        info = try TTTModelInfo(metadata: description.facts, source: source)
+        var info = try TTTModelInfo(metadata: description.facts, source: source)
+        (info.learningShape, info.givesSignals) = (nil, false)  // those are of `decode` and `prefill`
+        self.info = info
         let state = try JSON((description.facts["com.mlx-ttt.state"] ?? "null").utf8)
         layout = try StateLayout(state)
         groups = try StateGroups(state, layout: layout)

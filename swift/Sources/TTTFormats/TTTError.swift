@@ -22,6 +22,10 @@ public enum TTTError: Error, Equatable, Sendable {
     case tokenOutsideVocabulary(Int, size: Int)
     /// An option of `TTTOptions` outside its range.
     case invalidOption(String)
+    /// The model was exported without a learning scale.
+    case noLearningScale
+    /// The model was exported without signals.
+    case noSignals
     /// Logits that are not finite.
     case notANumber
     /// A call failed midway: what the model has read is not known. `restore`, `load` or `reset` come next.
@@ -59,6 +63,10 @@ extension TTTError: LocalizedError {
             return "The tokenizer gave token \(token), the model knows \(size); use the tokenizer beside the package."
         case .invalidOption(let what):
             return "\(what)."
+        case .noLearningScale:
+            return "This model takes no learning scale; export it for Core ML with `convert.py coreml --learning`."
+        case .noSignals:
+            return "This model gives no signals; export it for Core ML with `convert.py coreml --signals`."
         case .notANumber:
             return "The logits are not finite; load the model with other compute units, such as .cpuOnly."
         case .stateLost:

@@ -14,6 +14,10 @@ public actor CoreMLTTTModel: TTTModel {
     private let layout: StateLayout
     private let start: [LayerState]
     private var memory: Memory
+    /// The learning scale, if the package takes one. Core ML would take 1 where it is left out; it never is.
+    private var learning: MLMultiArray?
+    /// The signals of the last call by name, and how many of its tokens count.
+    private var shown: (arrays: [String: MLMultiArray], length: Int)?
 
     /// What the model keeps from call to call.
     private enum Memory {
@@ -57,6 +61,12 @@ public actor CoreMLTTTModel: TTTModel {
         layout = try StateLayout(JSON((metadata?["com.mlx-ttt.state"] ?? "null").utf8))
         start = try layout.start(weights: source.startWeights)
         memory = try Self.empty(decoder: decoder, prefiller: prefiller, isSeparate: prefill != nil)
+        if let shape = info.learningShape {
+            guard shape == [layout.layers, layout.heads] else {
+                throw TTTError.notATTTPackage("its learning scale is not of the layers and heads of its state")
+            }
+            learning = Self.numbers([Float](repeating: 1, count: shape.reduce(1, *)), shape: shape)
+        }
         self.decoder = decoder
         (self.prefiller, self.loadPrefiller) = (prefiller, loadPrefiller)
     }
@@ -75,7 +85,8 @@ public actor CoreMLTTTModel: TTTModel {
     /// - Throws: what the framework throws; then the state is lost, and `restore` or `reset` comes next.
     public func prefill(_ block: [Int], length: Int) throws -> [Float] {
         let tokens = Self.integers(block, shape: [1, block.count])
-        return try predict(["inputIds": tokens, "length": Self.integers([length], shape: [1])], isDecode: false)
+        let inputs = ["inputIds": tokens, "length": Self.integers([length], shape: [1])]
+        return try predict(inputs, isDecode: false, length: length)
     }
 
     /// Reads one token; see `TTTModel`.
@@ -83,7 +94,31 @@ public actor CoreMLTTTModel: TTTModel {
     /// - Throws: as `prefill`.
     public func decode(_ token: Int, position: Int) throws -> [Float] {
         let tokens = Self.integers([token], shape: [1, 1])
-        return try predict(["inputIds": tokens, "position": Self.integers([position], shape: [1])], isDecode: true)
+        let inputs = ["inputIds": tokens, "position": Self.integers([position], shape: [1])]
+        return try predict(inputs, isDecode: true, length: 1)
+    }
+
+    /// Multiplies the learning rates of the tokens to come; see `TTTModel`.
+    ///
+    /// - Throws: `TTTError.noLearningScale` for a package that was exported without `--learning`; `.invalidOption`.
+    public func setLearning(_ scale: Tensor) throws {
+        try info.check(learning: scale)
+        learning = Self.numbers(scale.values, shape: scale.shape)
+    }
+
+    /// What the layers did with each token of the last call; see `TTTModel`.
+    ///
+    /// - Throws: `TTTError.noSignals` for a package that was exported without `--signals`.
+    public func signals() throws -> [TTTSignals] {
+        guard info.givesSignals else { throw TTTError.noSignals }
+        guard let shown else { return [] }
+        let loss = try Self.byToken("loss", shown.arrays, length: shown.length)
+        let rate = try Self.byToken("lr", shown.arrays, length: shown.length)
+        let norm = try Self.byToken("writeNorm", shown.arrays, length: shown.length)
+        guard loss.count == rate.count, loss.count == norm.count else {
+            throw TTTError.unexpectedOutput("signals of several shapes")
+        }
+        return loss.indices.map { TTTSignals(loss: loss[$0], learningRate: rate[$0], writeNorm: norm[$0]) }
     }
 
     /// The state in float32, one per layer; see `TTTModel`. The package has changes of the weights, in its own
@@ -150,7 +185,10 @@ public actor CoreMLTTTModel: TTTModel {
     // MARK: - Calling the model
 
     // Core ML's synchronous call: nothing else enters the actor while it runs, and one state allows one call.
-    private func predict(_ inputs: [String: MLMultiArray], isDecode: Bool) throws -> [Float] {
+    private func predict(_ given: [String: MLMultiArray], isDecode: Bool, length: Int) throws -> [Float] {
+        shown = nil
+        var inputs = given
+        inputs["learning"] = learning
         let model = try isDecode ? decoder : loadedPrefiller()
         let outputs: any MLFeatureProvider
         switch memory {
@@ -178,7 +216,26 @@ public actor CoreMLTTTModel: TTTModel {
         guard logits.count == info.vocabularySize else {
             throw TTTError.unexpectedOutput("\(logits.count) logits, expected \(info.vocabularySize)")
         }
+        if info.givesSignals {
+            let found = ["loss", "lr", "writeNorm"].compactMap { name in
+                outputs.featureValue(for: name)?.multiArrayValue.map { (name, $0) }
+            }
+            shown = (Dictionary(found) { $1 }, length)
+        }
         return logits
+    }
+
+    /// A signal [layers, heads, T] as [layers, heads] for each of the first `length` tokens.
+    private static func byToken(_ name: String, _ arrays: [String: MLMultiArray], length: Int) throws -> [Tensor] {
+        guard let array = arrays[name] else { throw TTTError.unexpectedOutput("no \(name)") }
+        let shape = array.shape.map(\.intValue)
+        guard shape.count == 3, shape[2] >= length else { throw TTTError.unexpectedOutput("\(name) \(shape)") }
+        let scalars = MLShapedArray<Float>(converting: array).scalars
+        return (0..<length).map { token in
+            Tensor(
+                shape: [shape[0], shape[1]],
+                values: stride(from: token, to: scalars.count, by: shape[2]).map { scalars[$0] })
+        }
     }
 
     private static func provider(_ inputs: [String: MLMultiArray]) throws -> MLDictionaryFeatureProvider {
@@ -187,6 +244,10 @@ public actor CoreMLTTTModel: TTTModel {
 
     private static func integers(_ scalars: [Int], shape: [Int]) -> MLMultiArray {
         MLMultiArray(MLShapedArray<Int32>(scalars: scalars.map { Int32($0) }, shape: shape))
+    }
+
+    private static func numbers(_ scalars: [Float], shape: [Int]) -> MLMultiArray {
+        MLMultiArray(MLShapedArray<Float>(scalars: scalars, shape: shape))
     }
 
     // MARK: - The state

@@ -27,6 +27,8 @@ public actor TTTGenerator {
 
     /// Called with the tokens that have been read of a prompt, and their number in all.
     public typealias Progress = @Sendable (Int, Int) -> Void
+    /// Called with each token that the model has read, of a prompt or of what it writes, in order.
+    public typealias Observer = @Sendable (TTTObservation) -> Void
 
     /// A text before its first token.
     ///
@@ -48,11 +50,19 @@ public actor TTTGenerator {
     ///   - prompt: text to read first. Empty: the text goes on where it stands.
     ///   - options: how to choose tokens, and where to stop.
     ///   - progress: of the prompt; called from wherever the model runs.
+    ///   - observer: of what the model learns, `TTTError.noSignals` if it does not show it; called as `progress`. A
+    ///     token that was written is read, and observed, after its piece has come, when the next token is asked for.
     /// - Returns: a stream that throws `TTTError`, `CancellationError`, or what the framework throws.
     public nonisolated func generate(
-        _ prompt: String = "", options: TTTOptions = TTTOptions(), progress: Progress? = nil
+        _ prompt: String = "", options: TTTOptions = TTTOptions(), progress: Progress? = nil, observer: Observer? = nil
     ) -> AsyncThrowingStream<String, Error> {
-        stream(.text(prompt), options, progress)
+        stream(.text(prompt), options, Listeners(progress: progress, observer: observer))
+    }
+
+    /// Who is told of what the model reads.
+    private struct Listeners: Sendable {
+        var progress: Progress?
+        var observer: Observer?
     }
 
     /// What is read before something is written.
@@ -63,12 +73,12 @@ public actor TTTGenerator {
     }
 
     private nonisolated func stream(
-        _ prompt: Prompt, _ options: TTTOptions, _ progress: Progress?
+        _ prompt: Prompt, _ options: TTTOptions, _ listeners: Listeners
     ) -> AsyncThrowingStream<String, Error> {
         AsyncThrowingStream { continuation in
             let task = Task {
                 do {
-                    try await self.write(after: prompt, options: options, progress) { continuation.yield($0) }
+                    try await self.write(after: prompt, options: options, listeners) { continuation.yield($0) }
                     continuation.finish()
                 } catch {
                     continuation.finish(throwing: error)
@@ -85,12 +95,14 @@ public actor TTTGenerator {
     /// - Parameters:
     ///   - text: empty, to go on with what a cancelled call has left.
     ///   - progress: called from wherever the model runs, after each block.
-    /// - Throws: `CancellationError`, `TTTError.emptyPrompt`, `.stateLost`, or what the framework throws.
-    public func read(_ text: String, progress: Progress? = nil) async throws {
+    ///   - observer: as in `generate`.
+    /// - Throws: `CancellationError`, `TTTError.emptyPrompt`, `.stateLost`, `.noSignals`, or what the framework throws.
+    public func read(_ text: String, progress: Progress? = nil, observer: Observer? = nil) async throws {
         await takeTurn()
         defer { endTurn() }
+        try check(observer)
         try append(.text(text))
-        try await readUnread(keeping: 1, progress)
+        try await readUnread(keeping: 1, Listeners(progress: progress, observer: observer))
     }
 
     /// Goes on with a conversation: reads the messages as the model's template writes them, then an answer.
@@ -98,11 +110,34 @@ public actor TTTGenerator {
     /// Control tokens that the template writes count as such only if the tokenizer finds them in texts, as tokenizers with a
     /// chat template do. For the first message of a text give all messages; later, those since the last answer.
     ///
+    /// - Parameters:
+    ///   - messages: see above.
+    ///   - template: of the tokenizer.
+    ///   - options: how to choose tokens, and where to stop.
+    ///   - progress: as in `generate`.
+    ///   - observer: as in `generate`.
     /// - Throws: `TTTError.unsupported` for messages that the template refuses.
     public nonisolated func answer(
-        _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(), progress: Progress? = nil
+        _ messages: [ChatMessage], template: ChatTemplate, options: TTTOptions = TTTOptions(),
+        progress: Progress? = nil, observer: Observer? = nil
     ) throws -> AsyncThrowingStream<String, Error> {
-        stream(.chat(try template(messages)), options, progress)
+        stream(.chat(try template(messages)), options, Listeners(progress: progress, observer: observer))
+    }
+
+    /// How much the model learns from the tokens that it reads from now on: 0 freezes what it has learned, 1 is the
+    /// model as it is. It is no part of the text: it stays when a state is taken up or the text is forgotten.
+    ///
+    /// - Throws: `TTTError.noLearningScale`, or `.invalidOption` for a number that is negative or not finite.
+    public func setLearning(_ scale: Float) async throws {
+        guard let shape = model.info.learningShape else { throw TTTError.noLearningScale }
+        try await setLearning(Tensor(shape: shape, values: [Float](repeating: scale, count: shape.reduce(1, *))))
+    }
+
+    /// The same with a number for each layer and head: [layers, heads], as `TTTModelInfo.learningShape` says.
+    public func setLearning(_ scale: Tensor) async throws {
+        await takeTurn()
+        defer { endTurn() }
+        try await model.setLearning(scale)
     }
 
     /// Waits until the calls that were made before have ended: one that was cancelled ends a little later.
@@ -188,9 +223,10 @@ public actor TTTGenerator {
     // MARK: - Reading and writing
 
     private func write(
-        after prompt: Prompt, options: TTTOptions, _ progress: Progress?, show: @Sendable (String) -> Void
+        after prompt: Prompt, options: TTTOptions, _ listeners: Listeners, show: @Sendable (String) -> Void
     ) async throws {
         try options.check()
+        try check(listeners.observer)
         await takeTurn()
         defer { endTurn() }
         (speed, stop) = (TTTSpeed(), nil)
@@ -202,7 +238,7 @@ public actor TTTGenerator {
         var detokenizer = Detokenizer(tokenizer, context: context + unread)
         speed.promptTokens = unread.count
         for count in 1...options.maxTokens {
-            let logits = try await readUnread(progress)
+            let logits = try await readUnread(listeners)
             let now = Date()
             if count == 1 { speed.promptSeconds = now.timeIntervalSince(started) }
             let token: Int
@@ -229,6 +265,10 @@ public actor TTTGenerator {
         let rest = text.finish()
         if !rest.isEmpty { show(rest) }
         stop = stop ?? .length
+    }
+
+    private func check(_ observer: Observer?) throws {
+        guard observer == nil || model.info.givesSignals else { throw TTTError.noSignals }
     }
 
     /// Puts text behind what is there, for the model to read.
@@ -258,7 +298,7 @@ public actor TTTGenerator {
     ///
     /// - Returns: logits of what follows the last token read; none if there was nothing to read.
     @discardableResult
-    private func readUnread(keeping kept: Int = 0, _ progress: Progress?) async throws -> [Float] {
+    private func readUnread(keeping kept: Int = 0, _ listeners: Listeners) async throws -> [Float] {
         let info = model.info
         let total = unread.count - kept
         var logits: [Float] = []
@@ -280,9 +320,19 @@ public actor TTTGenerator {
                 logits = try await model.prefill(block, length: count)
             }
             isIntact = true
+            let tokens = unread[done..<done + count]
             position += count
             done += count
-            if total > 1 { progress?(done, total) }
+            if let observer = listeners.observer {
+                let signals = try await model.signals()
+                guard signals.count == count else {
+                    throw TTTError.unexpectedOutput("the signals of \(signals.count) tokens, expected \(count)")
+                }
+                for (index, (token, seen)) in zip(tokens, signals).enumerated() {
+                    observer(TTTObservation(token: token, position: position - count + index, signals: seen))
+                }
+            }
+            if total > 1 { listeners.progress?(done, total) }
         }
         return logits
     }
@@ -304,6 +354,16 @@ public actor TTTGenerator {
             waiting.removeFirst().resume()
         }
     }
+}
+
+/// What the model did with a token that it has read.
+public struct TTTObservation: Sendable, Equatable {
+    /// Its id.
+    public let token: Int
+    /// Tokens of the text before it.
+    public let position: Int
+    /// Of all layers and heads.
+    public let signals: TTTSignals
 }
 
 /// Why a text ended.

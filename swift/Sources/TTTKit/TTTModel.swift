@@ -37,13 +37,36 @@ public protocol TTTModel: Sendable {
     /// Back to the state before the first token.
     func reset() async throws
 
+    /// Multiplies the inner learning rates of the tokens to come, until the next call of this. 0 freezes what was
+    /// learned, 1 is the model as it is. No part of the state: `restore` and `reset` leave it.
+    ///
+    /// - Parameter scale: of `info.learningShape`; finite numbers that are not negative.
+    /// - Throws: `TTTError.noLearningScale`, `.invalidOption`; then the scale stays as it was.
+    func setLearning(_ scale: Tensor) async throws
+
+    /// What the layers did with each token that the last call read, in order.
+    ///
+    /// - Throws: `TTTError.noSignals`.
+    func signals() async throws -> [TTTSignals]
+
     /// Gives back what can be loaded again when it is needed. The state stays.
     func giveBackMemory() async
 }
 
+// None of these is `async`: in an asynchronous context Swift would take it instead of a model's own that is not.
 extension TTTModel {
+    /// Throws `TTTError.noLearningScale`: not every model takes a scale.
+    public func setLearning(_ scale: Tensor) throws {
+        throw TTTError.noLearningScale
+    }
+
+    /// Throws `TTTError.noSignals`: not every model gives signals.
+    public func signals() throws -> [TTTSignals] {
+        throw TTTError.noSignals
+    }
+
     /// Does nothing: not every model has something to give back.
-    public func giveBackMemory() async {}
+    public func giveBackMemory() {}
 }
 
 /// What a package says of itself: no number of a certain model is written down in this code.
@@ -60,6 +83,10 @@ public struct TTTModelInfo: Sendable, Equatable {
     public let fingerprint: String
     /// How the large matrices are stored, such as "float16" or "int8".
     public let weights: String
+    /// [layers, heads], the shape of the learning scale; nil if the model takes none.
+    public var learningShape: [Int]?
+    /// Whether the model shows what its layers do with each token.
+    public var givesSignals = false
 
     /// Of tokens, known or in a block; no model is near it. They are 32-bit integers on their way.
     private static let most = 10_000_000
@@ -124,5 +151,31 @@ public struct TTTModelInfo: Sendable, Equatable {
             miniBatchSize: integer("mini_batch_size"), vocabularySize: integer("vocab_size"),
             prefillTokens: integer("prefill_tokens"), endTokens: Set(endTokens.compactMap { $0 }),
             fingerprint: source.fingerprint, weights: text("weights"))
+        if metadata["com.mlx-ttt.learning"] != nil {
+            let shape = try json("learning").array?.map(\.int) ?? []
+            let sizes = shape.compactMap { $0 }
+            guard shape.count == 2, sizes.count == 2, sizes.allSatisfy({ (1...10_000).contains($0) }) else {
+                throw TTTError.notATTTPackage("com.mlx-ttt.learning is \"\(try text("learning"))\"")
+            }
+            learningShape = sizes
+        }
+        if metadata["com.mlx-ttt.signals"] != nil {
+            let names = Set(try json("signals").array?.compactMap(\.string) ?? [])
+            guard names.isSuperset(of: ["loss", "lr", "writeNorm"]) else {
+                throw TTTError.notATTTPackage("com.mlx-ttt.signals is \"\(try text("signals"))\"")
+            }
+            givesSignals = true
+        }
+    }
+
+    /// - Throws: `TTTError.noLearningScale`, or `.invalidOption` if the model does not take this scale.
+    package func check(learning scale: Tensor) throws {
+        guard let learningShape else { throw TTTError.noLearningScale }
+        guard scale.shape == learningShape else {
+            throw TTTError.invalidOption("The learning scale is \(scale.shape), the model takes \(learningShape)")
+        }
+        if let wrong = scale.values.first(where: { !($0.isFinite && $0 >= 0) }) {
+            throw TTTError.invalidOption("The learning scale has \(wrong), expected finite numbers from 0 on")
+        }
     }
 }

@@ -29,15 +29,19 @@ struct Block: Sendable {
 
     var start: LayerState { layer.start }
 
-    /// x [C] of one token -> [C].
-    func read(_ x: [Float], _ state: inout LayerState) -> [Float] {
+    /// x [C] of one token -> [C]; see `TTTLayer.read`.
+    func read(
+        _ x: [Float], _ state: inout LayerState, learning: [Float]?
+    ) -> (output: [Float], signals: [HeadSignals]) {
         var x = x
         if let (norm, conv) = convolution {
             x = plus(x, conv(state.withHistory("conv", rmsNorm(x, norm, epsilon: configuration.normEpsilon))))
         }
-        x = plus(x, layer.read(rmsNorm(x, layerNormWeight, epsilon: configuration.normEpsilon), &state))
+        let normed = rmsNorm(x, layerNormWeight, epsilon: configuration.normEpsilon)
+        let (learned, signals) = layer.read(normed, &state, learning: learning)
+        x = plus(x, learned)
         let y = rmsNorm(x, feedForwardNorm, epsilon: configuration.normEpsilon)
-        return plus(x, down(zip(gate(y), up(y)).map { $0 * sigmoid($0) * $1 }))
+        return (plus(x, down(zip(gate(y), up(y)).map { $0 * sigmoid($0) * $1 })), signals)
     }
 
     private func plus(_ x: [Float], _ y: [Float]) -> [Float] {

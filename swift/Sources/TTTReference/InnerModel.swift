@@ -1,5 +1,12 @@
 import TTTFormats
 
+/// What one head does with a token; see `TTTSignals`.
+struct HeadSignals: Sendable {
+    let loss: Float
+    let learningRate: Float
+    let writeNorm: Float
+}
+
 /// The inner models of a layer, and how they are trained on one token (the dual form with one token at a time).
 ///
 /// Shapes: H heads, D head dimension, K mini-batch size.
@@ -49,10 +56,10 @@ struct InnerModels: Sendable {
     /// - Parameters:
     ///   - query, key, value: [D].
     ///   - state: at the phase that its offset says. Its offset stays.
-    /// - Returns: q + LN(f(q)), [D].
+    /// - Returns: q + LN(f(q)), [D]; and what the head did with the token.
     func read(
         head: Int, query: [Float], key: [Float], value: [Float], learningRate: Float, state: inout LayerState
-    ) -> [Float] {
+    ) -> (output: [Float], signals: HeadSignals) {
         let K = factors.count
         let phase = state.offset % K
         let (gamma, beta) = (gamma[head * headDim..<(head + 1) * headDim], beta[head * headDim..<(head + 1) * headDim])
@@ -67,10 +74,16 @@ struct InnerModels: Sendable {
             slopes.append(activations.map(\.slope))
             z = forward(map, head, inputs[map], state)
         }
-        var errors = [error(z, aim: zip(value, key).map { $0 - $1 }, gamma, beta).map { $0 * learningRate }]
+        let aim = zip(value, key).map { $0 - $1 }
+        let loss = squares(zip(layerNorm(z, gamma, beta), aim).map { $0 - $1 }) / 2
+        var errors = [error(z, aim: aim, gamma, beta).map { $0 * learningRate }]
         for map in maps.indices.dropFirst().reversed() {
             errors.insert(zip(backward(map, head, errors[0], state), slopes[map - 1]).map { $0 * $1 }, at: 0)
         }
+
+        let written = zip(inputs, errors).reduce(0) { $0 + (squares($1.0) + 1) * squares($1.1) }
+        let signals = HeadSignals(
+            loss: loss, learningRate: learningRate, writeNorm: factors[K - 1] * written.squareRoot())
 
         // The token's row.
         let rows = head * K * rowWidth
@@ -88,7 +101,12 @@ struct InnerModels: Sendable {
             addLearned(map, rows: rows, phase: phase, x, state, to: &z)
         }
         if phase == K - 1 { commit(head, rows: rows, &state) }
-        return zip(query, layerNorm(z, gamma, beta)).map { $0 + $1 }
+        return (zip(query, layerNorm(z, gamma, beta)).map { $0 + $1 }, signals)
+    }
+
+    /// ‖x‖²
+    private func squares(_ x: [Float]) -> Float {
+        x.reduce(0) { $0 + $1 * $1 }
     }
 
     /// x W + b

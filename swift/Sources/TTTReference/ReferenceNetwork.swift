@@ -35,12 +35,36 @@ package struct ReferenceNetwork: Sendable {
     /// - Returns: the hidden state that `logits` takes, [C].
     /// - Throws: `TTTError.tokenOutsideVocabulary`.
     package func read(_ token: Int, _ state: inout [LayerState]) throws -> [Float] {
+        try observe(token, &state).hidden
+    }
+
+    /// Reads one token, and shows what the layers did with it.
+    ///
+    /// - Parameters:
+    ///   - state: one per layer; goes on.
+    ///   - learning: what the learning rates are multiplied by, [layers, heads]; nil: nothing.
+    /// - Throws: as `read`.
+    package func observe(
+        _ token: Int, _ state: inout [LayerState], learning: Tensor? = nil
+    ) throws -> (hidden: [Float], signals: TTTSignals) {
         guard (0..<configuration.vocabularySize).contains(token) else {
             throw TTTError.tokenOutsideVocabulary(token, size: configuration.vocabularySize)
         }
+        let H = configuration.heads
         var x = embedding.row(token)
-        for (index, block) in blocks.enumerated() { x = block.read(x, &state[index]) }
-        return rmsNorm(x, norm, epsilon: configuration.normEpsilon)
+        var seen: [HeadSignals] = []
+        for (index, block) in blocks.enumerated() {
+            let scale = learning.map { Array($0.values[index * H..<(index + 1) * H]) }
+            let (output, signals) = block.read(x, &state[index], learning: scale)
+            x = output
+            seen += signals
+        }
+        func tensor(_ signal: (HeadSignals) -> Float) -> Tensor {
+            Tensor(shape: [blocks.count, H], values: seen.map(signal))
+        }
+        let signals = TTTSignals(
+            loss: tensor(\.loss), learningRate: tensor(\.learningRate), writeNorm: tensor(\.writeNorm))
+        return (rmsNorm(x, norm, epsilon: configuration.normEpsilon), signals)
     }
 
     /// Logits of the next token, [V].

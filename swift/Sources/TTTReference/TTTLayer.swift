@@ -46,28 +46,36 @@ struct TTTLayer: Sendable {
             offset: 0, weights: inner.startWeights, rows: inner.emptyRows(heads: configuration.heads), history: history)
     }
 
-    /// x [C] of one token -> [C].
-    func read(_ x: [Float], _ state: inout LayerState) -> [Float] {
+    /// x [C] of one token -> [C]; and what each head did with it.
+    ///
+    /// - Parameter learning: what the learning rates are multiplied by, [H]; nil: nothing.
+    func read(
+        _ x: [Float], _ state: inout LayerState, learning: [Float]?
+    ) -> (output: [Float], signals: [HeadSignals]) {
         let D = configuration.headDim
         let (q, k) = queryAndKey(x, &state)
         let v = value(x)
-        let rates = zip(rateWeight(x), rateBias).map {
+        var rates = zip(rateWeight(x), rateBias).map {
             Float(configuration.baseLearningRate / Double(D)) * sigmoid($0 + $1)
         }
+        if let learning { rates = zip(rates, learning).map { $0 * $1 } }
         let position = state.offset % configuration.miniBatchSize
         var y: [Float] = []
+        var signals: [HeadSignals] = []
         for head in 0..<configuration.heads {
             func turned(_ x: [Float]) -> [Float] {
                 rotated(Array(x[head * D..<(head + 1) * D]), position: position, theta: configuration.ropeTheta)
             }
-            y += inner.read(
+            let (output, seen) = inner.read(
                 head: head, query: turned(q), key: turned(k), value: Array(v[head * D..<(head + 1) * D]),
                 learningRate: rates[head], state: &state)
+            y += output
+            signals.append(seen)
         }
         state.offset += 1
         y = layerNorm(y, postNorm.weight[...], postNorm.bias[...])
         if let gate { y = zip(gate(x), y).map { geluAndSlope($0).y * $1 } }
-        return output(y)
+        return (output(y), signals)
     }
 
     private func queryAndKey(_ x: [Float], _ state: inout LayerState) -> ([Float], [Float]) {

@@ -6,6 +6,8 @@ import TTTReference
 struct Interpreter {
     struct Result {
         let logits: [UInt16]
+        /// Float32 by name, [layers, heads, T]; zero for tokens that do not count.
+        let signals: [String: [Float]]
         let state: [UInt16]
         let phase: Int
     }
@@ -46,10 +48,30 @@ struct Interpreter {
             throw StandInError("neither position nor length")
         }
         var layers = layout.unpack(values, start: start, offset: phase)
+        let learning = inputs["learning"].map { array in
+            Tensor(
+                shape: array.shape.map(\.intValue),
+                values: array.scalars(as: UInt32.self).map { Float(bitPattern: $0) })
+        }
+        guard learning == nil || learning?.shape == [layout.layers, layout.heads] else {
+            throw StandInError("learning is no [layers, heads]")
+        }
         var hidden: [Float] = []
-        for id in ids.prefix(count) { hidden = try network.read(Int(id), &layers) }
+        var seen: [TTTSignals] = []
+        for id in ids.prefix(count) {
+            let (output, signals) = try network.observe(Int(id), &layers, learning: learning)
+            hidden = output
+            seen.append(signals)
+        }
+        func byHead(_ signal: (TTTSignals) -> Tensor) -> [Float] {
+            let tokens = seen.map { signal($0).values }
+            let padding = [Float](repeating: 0, count: ids.count - count)
+            return (0..<layout.layers * layout.heads).flatMap { head in tokens.map { $0[head] } + padding }
+        }
         return Result(
-            logits: network.logits(hidden).map(Half.bits), state: layout.pack(layers, start: start).map(Half.bits),
+            logits: network.logits(hidden).map(Half.bits),
+            signals: ["loss": byHead(\.loss), "lr": byHead(\.learningRate), "writeNorm": byHead(\.writeNorm)],
+            state: layout.pack(layers, start: start).map(Half.bits),
             phase: (phase + count) % K)
     }
 }

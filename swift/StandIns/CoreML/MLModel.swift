@@ -14,6 +14,7 @@ public class MLModel: NSObject {
         self.function = function
         modelDescription = MLModelDescription(function, metadata: package.metadata)
         interpreter = try Interpreter(package: url, metadata: package.metadata)
+        StandIn.shared.functionIsLoaded()
     }
 
     public func makeState() -> MLState {
@@ -25,7 +26,7 @@ public class MLModel: NSObject {
         let arrays = try checked(input)
         guard let state = arrays["tttState"] else { throw StandInError("\(function.name) has no tttState") }
         let result = try interpreter.run(arrays, state: state.scalars(as: UInt16.self), phase: nil)
-        return try outputs(["logits": result.logits, "tttStateOut": result.state])
+        return try outputs(["logits": result.logits, "tttStateOut": result.state], result.signals)
     }
 
     public func prediction(from inputFeatures: any MLFeatureProvider, using state: MLState) throws
@@ -41,17 +42,27 @@ public class MLModel: NSObject {
             let result = try interpreter.run(arrays, state: array.scalars(as: UInt16.self), phase: state.phase)
             array.fill(result.state)
             state.phase = result.phase
-            return try outputs(["logits": result.logits])
+            return try outputs(["logits": result.logits], result.signals)
         }
     }
 
     /// The inputs by name. They must be those that the package describes.
     private func checked(_ provider: any MLFeatureProvider) throws -> [String: MLMultiArray] {
-        guard provider.featureNames == Set(function.inputs.map(\.name)) else {
+        let required = Set(function.inputs.filter { $0.fallback == nil }.map(\.name))
+        guard provider.featureNames.isSuperset(of: required),
+            provider.featureNames.isSubset(of: function.inputs.map(\.name))
+        else {
             throw StandInError("\(function.name) takes \(function.inputs.map(\.name)), not \(provider.featureNames.sorted())")
         }
         var arrays: [String: MLMultiArray] = [:]
         for input in function.inputs {
+            if let value = input.fallback, !provider.featureNames.contains(input.name) {
+                guard input.type == .float32 else { throw StandInError("\(input.name) has a default of another type") }
+                let array = MLMultiArray(shape: input.shape, type: .float32, gap: 0)
+                array.fill([UInt32](repeating: value.bitPattern, count: array.count))
+                arrays[input.name] = array
+                continue
+            }
             guard let array = provider.featureValue(for: input.name)?.multiArrayValue else {
                 throw StandInError("\(input.name) is no array")
             }
@@ -66,13 +77,17 @@ public class MLModel: NSObject {
         return arrays
     }
 
-    private func outputs(_ values: [String: [UInt16]]) throws -> any MLFeatureProvider {
+    /// The outputs that the package describes: halves in float16, numbers in float32.
+    private func outputs(_ halves: [String: [UInt16]], _ numbers: [String: [Float]]) throws -> any MLFeatureProvider {
         let features = try function.outputs.map { output in
             let array = MLMultiArray(shape: output.shape, type: output.type, gap: 0)
-            guard let scalars = values[output.name], scalars.count == array.count, output.type == .float16 else {
+            if let scalars = halves[output.name], scalars.count == array.count, output.type == .float16 {
+                array.fill(scalars)
+            } else if let scalars = numbers[output.name], scalars.count == array.count, output.type == .float32 {
+                array.fill(scalars.map(\.bitPattern))
+            } else {
                 throw StandInError("the package describes another output \(output.name)")
             }
-            array.fill(scalars)
             return (output.name, MLFeatureValue(multiArray: array))
         }
         return try MLDictionaryFeatureProvider(dictionary: Dictionary(uniqueKeysWithValues: features))

@@ -6,6 +6,8 @@ struct PackageDescription {
         let name: String
         let shape: [Int]
         let type: MLMultiArrayDataType
+        /// What an input is where a call leaves it out; nil: no call may.
+        let fallback: Float?
     }
 
     struct Function {
@@ -42,12 +44,14 @@ struct PackageDescription {
 
     private static func features(_ message: ProtocolBuffer, _ field: Int) throws -> [Feature] {
         try message.messages(field).map { feature in
-            let type = try feature.message(3)
-            let array = try type?.message(5) ?? type?.message(8)?.message(1)
+            let kind = try feature.message(3)
+            let array = try kind?.message(5) ?? kind?.message(8)?.message(1)
             guard let array, let number = array.integer(2), let type = MLMultiArrayDataType(rawValue: number) else {
                 throw StandInError("\(feature.text(1)) is no array")
             }
-            return Feature(name: feature.text(1), shape: try array.list(1), type: type)
+            return Feature(
+                name: feature.text(1), shape: try array.list(1), type: type,
+                fallback: kind?.integer(1000) == 1 ? array.float(51) : nil)
         }
     }
 }

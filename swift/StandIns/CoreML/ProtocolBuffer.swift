@@ -1,6 +1,7 @@
 /// A message of protocol buffers: fields by number, as far as a package's description needs them.
 struct ProtocolBuffer {
     private var integers: [Int: [UInt64]] = [:]
+    private var floats: [Int: Float] = [:]
     private var bytes: [Int: [ArraySlice<UInt8>]] = [:]
 
     struct Damage: Error {}
@@ -18,7 +19,10 @@ struct ProtocolBuffer {
                 guard length <= UInt64(rest.count) else { throw Damage() }
                 bytes[field, default: []].append(rest.prefix(Int(length)))
                 rest = rest.dropFirst(Int(length))
-            case 5: try Self.drop(4, from: &rest)
+            case 5:
+                let bits = rest.prefix(4).reversed().reduce(UInt32(0)) { $0 << 8 | UInt32($1) }
+                try Self.drop(4, from: &rest)
+                floats[field] = Float(bitPattern: bits)
             default: throw Damage()
             }
         }
@@ -38,6 +42,10 @@ struct ProtocolBuffer {
 
     func integer(_ field: Int) -> Int? {
         integers[field]?.last.flatMap { Int(exactly: $0) }
+    }
+
+    func float(_ field: Int) -> Float? {
+        floats[field]
     }
 
     /// Repeated integers, packed or not.

@@ -9,6 +9,7 @@ public final class StandIn: @unchecked Sendable {
     private var sources: [String: URL] = [:]
     private var networks: [String: ReferenceNetwork] = [:]
     private var hook: (@Sendable () -> Void)?
+    private var loads = 0
 
     private init() {}
 
@@ -20,6 +21,13 @@ public final class StandIn: @unchecked Sendable {
     /// Called in the midst of each prediction with a state; for tests.
     public func whilePredicting(_ hook: (@Sendable () -> Void)?) {
         lock.withLock { self.hook = hook }
+    }
+
+    /// How many functions of packages have been loaded; for tests.
+    public var loadedFunctions: Int { lock.withLock { loads } }
+
+    func functionIsLoaded() {
+        lock.withLock { loads += 1 }
     }
 
     func predictionBegins() {

@@ -72,6 +72,37 @@ final class CommandTests: XCTestCase {
         XCTAssertEqual(found.remarks.components(separatedBy: "tokens/s").count, 3)
     }
 
+    func testALearningScaleChangesTheText() async throws {
+        let arguments = ["generate", "--model", small, "--prompt", "the inhabitants", "--max-tokens", "30"]
+        let plain = await run(arguments)
+        let one = await run(arguments + ["--learning", "1"])
+        XCTAssertEqual(one.output, plain.output)
+        let file = folder.appendingPathComponent("frozen.state")
+        let frozen = await run(arguments + ["--learning=0", "--save-state", file.path])
+        XCTAssertEqual(frozen.status, 0, frozen.remarks)
+        XCTAssertNotEqual(frozen.output, plain.output)
+        let start = try await startWeights()
+        XCTAssertEqual(try TextState(contentsOf: file).layers.map(\.weights), start)
+    }
+
+    func testChatTakesALearningScale() async throws {
+        let file = folder.appendingPathComponent("chat.state")
+        let arguments = ["chat", "--model", small, "--max-tokens", "9", "--save-state", file.path]
+        let start = try await startWeights()
+        for (more, learns) in [(["--learning", "0"], false), ([], true)] {
+            let found = await run(arguments + more, input: ["the an"])
+            XCTAssertEqual(found.status, 0, found.remarks)
+            XCTAssertEqual(try TextState(contentsOf: file).layers.map(\.weights) != start, learns)
+        }
+    }
+
+    /// Of the inner models before the first token.
+    private func startWeights() async throws -> [[Tensor]] {
+        let tokenizer = try JSONTokenizer(folder: Files.fixture("small"))
+        let model = try ReferenceTTTModel(directory: Files.fixture("small"), vocabulary: tokenizer.vocabulary)
+        return await model.state(position: 0).map(\.weights)
+    }
+
     func testAStateOfAnotherModelIsRefused() async throws {
         let state = Files.fixture("small/python.state").path
         let found = await run(["generate", "--model", Files.bundled.path, "--load-state", state])
@@ -84,7 +115,9 @@ final class CommandTests: XCTestCase {
             [], ["write"], ["generate"], ["generate", "--model"], ["generate", "--model", "/nowhere"],
             ["generate", "--model", small, "--max-tokens", "x"], ["generate", "--model", small, "--top-p", "2"],
             ["generate", "--model", small], ["state", "show"], ["state", "show", "/nowhere"], ["state", "--x", "1"],
-            ["verify", "--model", small],
+            ["verify", "--model", small], ["generate", "--model", small, "--prompt", "a", "--learning", "x"],
+            ["generate", "--model", small, "--prompt", "a", "--learning=-1"],
+            ["chat", "--model", small, "--learning", "nan"],
         ] {
             let found = await run(arguments)
             XCTAssertEqual(found.status, 2, "\(arguments)")

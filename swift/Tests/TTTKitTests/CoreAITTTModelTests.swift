@@ -124,6 +124,31 @@ final class CoreAITTTModelTests: XCTestCase {
         _ = try await model.decode(5, position: 0)
     }
 
+    /// `main` has neither, whatever the bundle's other functions have.
+    func testTakesNoLearningScaleAndGivesNoSignals() async throws {
+        let folder = FileManager.default.temporaryDirectory.appendingPathComponent("\(UUID().uuidString).bundle")
+        try FileManager.default.copyItem(at: bundle("linear"), to: folder)
+        defer { try? FileManager.default.removeItem(at: folder) }
+        StandIn.shared.register(directory("linear"), for: folder)
+        let file = folder.appendingPathComponent("metadata.json")
+        let format = #""com.mlx-ttt.format":"#
+        let more = #""com.mlx-ttt.learning": "[6, 4]", "com.mlx-ttt.signals": "[\"loss\", \"lr\", \"writeNorm\"]", "#
+        let text = try String(contentsOf: file, encoding: .utf8)
+        XCTAssertTrue(text.contains(format))
+        try Data(text.replacingOccurrences(of: format, with: more + format).utf8).write(to: file)
+        let model: any TTTModel = try await CoreAITTTModel(bundle: folder, source: source("linear"))
+        XCTAssertNil(model.info.learningShape)
+        XCTAssertFalse(model.info.givesSignals)
+        do {
+            try await model.setLearning(Tensor(zeros: [6, 4]))
+            XCTFail("no error")
+        } catch { XCTAssertEqual(error as? TTTError, .noLearningScale) }
+        do {
+            _ = try await model.signals()
+            XCTFail("no error")
+        } catch { XCTAssertEqual(error as? TTTError, .noSignals) }
+    }
+
     func testWhatIsNoBundleIsRefused() async throws {
         for (folder, message) in [
             (Files.root, "metadata.json cannot be read"), (Files.fixture("small"), "metadata.json cannot be read"),

@@ -10,44 +10,16 @@ import TTTTestSupport
 
 /// The files that an app compiles against Core ML, run on the stand-in.
 final class CoreMLTTTModelTests: XCTestCase {
-    private func package(_ name: String, source: URL) -> URL {
-        let package = Files.fixture("\(name).mlpackage")
-        StandIn.shared.register(source, for: package)
-        return package
-    }
-
-    /// What `source.safetensors` beside the package would say.
     private func load(_ package: URL) async throws -> CoreMLTTTModel {
-        let directory = package.lastPathComponent.hasPrefix("mlp") ? Files.golden("mlp-mamba") : Files.bundled
-        let metadata = try load("decode", package).modelDescription.metadata[.creatorDefinedKey] as? [String: String]
-        let source = ModelSource(
-            fingerprint: try Files.json("linear.json")["fingerprint"]?.string ?? "",
-            modelFingerprint: metadata?["com.mlx-ttt.model"] ?? "",
-            startWeights: try ReferenceNetwork(directory: directory).start.map(\.weights))
-        return try await CoreMLTTTModel.load(contentsOf: package, source: source)
+        try await Packages.load(package)
     }
 
-    private var linear: URL { package("linear", source: Files.bundled) }
-    private var linearIO: URL { package("linear-io", source: Files.bundled) }
-    private var mlp: URL { package("mlp", source: Files.golden("mlp-mamba")) }
+    private var linear: URL { Packages.url("linear") }
+    private var linearIO: URL { Packages.url("linear-io") }
+    private var mlp: URL { Packages.url("mlp") }
 
-    /// Reads tokens as the generator does: blocks, then steps.
     private func read(_ ids: [Int], _ model: CoreMLTTTModel, from start: Int = 0) async throws -> [Float] {
-        var (done, logits) = (0, [Float]())
-        let info = model.info
-        while done < ids.count {
-            let phase = (start + done) % info.miniBatchSize
-            let count = phase == 0 ? min(info.prefillTokens, ids.count - done) : 1
-            if count == 1 {
-                logits = try await model.decode(ids[done], position: phase)
-            } else {
-                let block = Array(ids[done..<done + count])
-                let padding = [Int](repeating: 0, count: info.prefillTokens - count)
-                logits = try await model.prefill(block + padding, length: count)
-            }
-            done += count
-        }
-        return logits
+        try await Packages.read(ids, model, from: start).logits
     }
 
     /// Float16 logits, and a state that is rounded to float16 after every call.
@@ -132,7 +104,9 @@ final class CoreMLTTTModelTests: XCTestCase {
             let model = try await load(url)
             _ = try await read(Array(ids[..<32]), model)
             await model.giveBackMemory()
+            let loaded = StandIn.shared.loadedFunctions
             let found = try await read(Array(ids[32..<40]), model, from: 32)
+            XCTAssertEqual(StandIn.shared.loadedFunctions, loaded + 1)
             try await model.reset()
             let expected = try await read(Array(ids[..<40]), model)
             XCTAssertEqual(found, expected)
@@ -142,9 +116,7 @@ final class CoreMLTTTModelTests: XCTestCase {
     // MARK: - What the stand-in catches
 
     private func load(_ function: String, _ url: URL) throws -> MLModel {
-        let configuration = MLModelConfiguration()
-        configuration.functionName = function
-        return try MLModel(contentsOf: url, configuration: configuration)
+        try Packages.function(function, url)
     }
 
     private func integers(_ scalars: [Int32], _ shape: [Int]) -> MLMultiArray {

@@ -63,6 +63,30 @@ final class TTTModelInfoTests: XCTestCase {
                 fingerprint: "abcd", weights: "int8"))
     }
 
+    func testReadsWhetherThereAreAScaleAndSignals() throws {
+        func info(_ more: [String: String]) throws -> TTTModelInfo {
+            try TTTModelInfo(metadata: metadata.merging(more) { $1 }, source: source)
+        }
+        let plain = try info([:])
+        XCTAssertNil(plain.learningShape)
+        XCTAssertFalse(plain.givesSignals)
+        let scaled = try info(["com.mlx-ttt.learning": "[6, 4]"])
+        XCTAssertEqual(scaled.learningShape, [6, 4])
+        XCTAssertFalse(scaled.givesSignals)
+        let shown = try info(["com.mlx-ttt.signals": #"["loss", "lr", "writeNorm"]"#])
+        XCTAssertNil(shown.learningShape)
+        XCTAssertTrue(shown.givesSignals)
+        for (key, wrong) in [
+            ("learning", "6"), ("learning", "[6]"), ("learning", #"[6, "4"]"#), ("learning", "[0, 4]"),
+            ("learning", "[9000000000000000000, 9000000000000000000]"), ("learning", "yes"), ("signals", #"["loss"]"#),
+            ("signals", "true"),
+        ] {
+            XCTAssertThrowsError(try info(["com.mlx-ttt.\(key)": wrong])) { error in
+                XCTAssertTrue(error.localizedDescription.contains("com.mlx-ttt.\(key)"), error.localizedDescription)
+            }
+        }
+    }
+
     func testRefusesMetadataThatIsNotOurs() {
         for key in metadata.keys {
             var missing = metadata

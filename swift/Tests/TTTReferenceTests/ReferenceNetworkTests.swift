@@ -33,6 +33,30 @@ final class ReferenceNetworkTests: XCTestCase {
         }
     }
 
+    func testLearningAndSignalsAreThoseOfPython() throws {
+        for (name, directory) in [("linear", Files.bundled), ("mlp", Files.golden("mlp-mamba"))] {
+            let network = try ReferenceNetwork(directory: directory)
+            for scale in ["one", "uneven", "frozen"] {
+                let expected = try LearningCase(name, scale)
+                var (state, seen, found) = (network.start, [TTTSignals](), [[Float]]())
+                for (position, id) in expected.ids.enumerated() {
+                    let (hidden, signals) = try network.observe(id, &state, learning: expected.learning)
+                    seen.append(signals)
+                    if expected.positions.contains(position) { found.append(network.logits(hidden)) }
+                }
+                let largest = expected.logits.flatMap { $0 }.reduce(0) { max($0, abs($1)) }
+                let difference = largestDifference(found.flatMap { $0 }, expected.logits.flatMap { $0 }) / largest
+                XCTAssertLessThan(difference, 1e-4, "\(name), \(scale)")
+                let signals = expected.differences(seen)
+                print("\(name), learning \(scale): logits differ by \(difference), signals by \(signals)")
+                for (signal, difference) in signals {
+                    XCTAssertLessThan(difference, 1e-4, "\(name), \(scale), \(signal)")
+                }
+                if scale == "frozen" { XCTAssertEqual(state.map(\.weights), network.start.map(\.weights)) }
+            }
+        }
+    }
+
     /// What the official implementation computed, for all layouts of safetensors.
     func testLogitsAreThoseOfTheOfficialImplementation() throws {
         for name in ["linear-transformer", "linear-transformer-head96", "linear-mamba-sharded", "mlp-mamba"] {
