@@ -39,7 +39,7 @@ class ChildRuntime:
         self._asset = asset
 
     def __enter__(self) -> ChildRuntime:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115  closed on leaving
+        self._log = tempfile.TemporaryFile()  # closed on leaving
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._asset, os.getpid()), daemon=True)
