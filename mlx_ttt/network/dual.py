@@ -185,7 +185,7 @@ class _MiniBatch(NamedTuple):
     lr: mx.array  # [B, H, n, 1]
     bias: mx.array  # gamma (beta - (v - k))  [B, H, n, D]
     gamma_sq: mx.array  # [H, 1, D]
-    causal: mx.array  # t_i where row j is at or before token i, else 0  [n, K] or [B, 1, n, K]
+    causal: mx.array  # -t_i where row j is at or before token i, else 0  [n, K] or [B, 1, n, K]
     run: _Run
 
 
@@ -237,7 +237,7 @@ def _halves(x: mx.array) -> tuple[mx.array, mx.array]:
 def _learned(z: mx.array, x: mx.array, rows: Sequence[mx.array], tokens: _MiniBatch) -> mx.array:
     """z = x W + b with what W and b have learned from the rows: z_i - t_i sum_{j <= i} (x_i . x_j + 1) e_j."""
     past_x, past_e = rows
-    return mx.addmm(z, tokens.causal * (x @ past_x.swapaxes(-1, -2) + 1), past_e, alpha=-1)
+    return mx.addmm(z, tokens.causal * (x @ past_x.swapaxes(-1, -2) + 1), past_e)
 
 
 def _error(z: mx.array, tokens: _MiniBatch) -> mx.array:
@@ -258,10 +258,10 @@ def commit(weights: Sequence[mx.array], rows: Sequence[mx.array], t: mx.array) -
         rows: in parts (k, e1[, x2, e2]), [B, H, K, .]; zero where none is yet.
         t: a number, or [B, 1, 1, 1].
     """
-    updated = []
+    updated, minus_t = [], -t  # not `alpha=-1`: MLX 0.32's forward mode of `addmm` leaves it out
     for W, b, x, e in zip(weights[::2], weights[1::2], rows[::2], rows[1::2], strict=True):
-        e = t * e
-        updated += [mx.addmm(W, x.swapaxes(-1, -2), e, alpha=-1), b - e.sum(-2, keepdims=True)]
+        e = minus_t * e
+        updated += [mx.addmm(W, x.swapaxes(-1, -2), e), b + e.sum(-2, keepdims=True)]
     return updated
 
 
@@ -308,8 +308,8 @@ def _append(rows: mx.array, new: list[mx.array], run: _Run) -> tuple[list[mx.arr
 
 @functools.cache
 def _triangle(K: int) -> mx.array:
-    """1 where j <= i, else 0, [K, K]."""
-    return mx.array(np.tri(K), mx.float32)
+    """-1 where j <= i, else 0, [K, K]."""
+    return mx.array(-np.tri(K), mx.float32)
 
 
 def _where(mask: list[bool], new: mx.array, old: mx.array) -> mx.array:

@@ -116,3 +116,22 @@ def test_no_tokens_change_nothing(kind):
     assert state.weights is case.state.weights
     assert state.rows is case.state.rows
     assert state.phase == [3]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("T", "phase"), [(1, 0), (6, 3), (8, 0)])
+def test_forward_mode_agrees_with_reverse_mode(kind, T, phase):
+    case = make_case(kind, T=T, sizes=Sizes(H=1, K=4), phase=[phase])
+
+    def function(*arrays):
+        y, state = dual_form.in_mlx(*case.with_arrays(arrays))
+        return [y, *state.weights, state.rows]
+
+    arrays = list(case.arrays)
+    tangents = [mx.sin(7 * x) for x in arrays]
+    outputs, along = mx.jvp(function, arrays, tangents)
+    cotangents = [mx.cos(5 * x) for x in outputs]
+    back = mx.vjp(function, arrays, cotangents)[1]
+    forward = sum((a * b).sum().item() for a, b in zip(along, cotangents, strict=True))
+    reverse = sum((a * b).sum().item() for a, b in zip(back, tangents, strict=True))
+    assert forward == pytest.approx(reverse, rel=1e-4)
