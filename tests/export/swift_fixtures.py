@@ -105,7 +105,8 @@ def write_bundles(out: Path) -> None:
                 write_json(
                     bundle / f"{name}.aimodel" / "interface.json", {MAIN: interface(runtime.function(MAIN).desc)}
                 )
-        write_json(bundle / "metadata.json", bundle_metadata(name, model, options, weights, {"eos_token_id": []}))
+        how = {"weights": weights}
+        write_json(bundle / "metadata.json", bundle_metadata(name, model, options, {"eos_token_id": []}, how))
 
 
 def interface(description: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from coreai.authoring import AIProgram, Module
 
+from mlx_ttt.export.coreai.child import ChildRuntime
 from mlx_ttt.export.coreai.compiler import add_function, while_
 from mlx_ttt.export.coreai.operations import CoreAIOperations
 from mlx_ttt.export.coreai.runner_main import _number
@@ -146,21 +147,21 @@ def test_what_the_runtime_keeps(tmp_path):
         add_function("large", inputs, states, lambda x, s: ({"y": ops.add(x, s)}, {"s": ops.add(x, s)}))
     AIProgram(module).save_asset(tmp_path / "keeps.aimodel")
     grown = {}
-    with Runtime(tmp_path / "keeps.aimodel") as runtime:
+    with ChildRuntime(tmp_path / "keeps.aimodel") as runtime:  # a new process, which has no memory free to use again
         given = runtime.start({"s": large})
         for name in ("small", "large"):
             for calls in (100, 400):  # first what it needs anyway, and finds free
-                before = resident()
+                before = resident(runtime._process.pid)
                 for _ in range(calls):
                     runtime.call(name, {"x": large}, given)
-                grown[name] = resident() - before
+                grown[name] = resident(runtime._process.pid) - before
     assert grown["small"] < 100 * large.nbytes
     assert grown["large"] > 300 * large.nbytes
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def resident(process: int) -> int:
+    """Bytes of memory that a process holds."""
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_small_halves_in_constants_are_misread(tmp_path):
