@@ -107,6 +107,7 @@ def _fetched(
         listener.tell(f"{repository}: a model directory, in {located.path}")
     else:
         found = home.folder / name
+        home.clear(name)
         if not found.is_dir():
             _convert(repository, located, found, tokenizer, listener)
     home.pin(repository.revision, name)

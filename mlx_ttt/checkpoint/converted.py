@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 import urllib.parse
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import written_whole
+from .directory import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from .folder import is_workshop
 
 _FORMAT = "models-1"  # another number when model directories of before cannot be used any more
 _REVISIONS = "revisions"
 _COMMIT = 40  # characters
+_NAME = re.compile(r"[0-9a-f]{40}(-[0-9a-f]+)?")
 
 
 def cache_root() -> Path:
@@ -129,7 +132,8 @@ class Home:
                 yield
                 return
             self.folder.mkdir(parents=True, exist_ok=True)  # the other process may have removed it
-            for left in filter(is_workshop, self.folder.iterdir()):  # of a process that was killed
+            graves = self.folder.parent.glob(".removed-*")
+            for left in [*filter(is_workshop, self.folder.iterdir()), *graves]:  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             try:
                 yield
@@ -146,6 +150,14 @@ class Home:
             shutil.rmtree(grave)
         return nbytes
 
+    def clear(self, name: str) -> None:
+        """Delete what is left of a model directory that is not complete."""
+        path = self.folder / name
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir() and not _is_complete(path):
+            shutil.rmtree(path)
+
     def unlink(self) -> None:
         """Delete the links into the Hub's cache."""
         for entry in self.entries():
@@ -153,10 +165,11 @@ class Home:
                 entry.path.unlink()
 
     def _pinned(self, revision: str) -> str | None:
-        return _read(self._file(revision))
+        name = (_read(self._file(revision)) or "").strip()
+        return name if _NAME.fullmatch(name) else None  # or a file that was damaged
 
     def _file(self, revision: str) -> Path:
-        return self.folder / _REVISIONS / urllib.parse.quote(revision, safe="").lstrip(".")
+        return self.folder / _REVISIONS / urllib.parse.quote(revision, safe="")
 
 
 def homes() -> list[Home]:
@@ -167,7 +180,8 @@ def homes() -> list[Home]:
 
 def _is_complete(path: Path) -> bool:
     """Whether a model directory is there: a link into the Hub's cache may lead to files that were deleted."""
-    return path.is_dir() and (not path.is_symlink() or all(file.exists() for file in path.iterdir()))
+    has_all = (path / CONFIG).is_file() and any((path / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX))
+    return has_all and (not path.is_symlink() or all(file.exists() for file in path.iterdir()))
 
 
 def _size(path: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import logging
 import os
@@ -17,7 +16,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_token, scan_cache_dir, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    HFCacheInfo,
+    constants,
+    get_cached_repo_tree,
+    get_token,
+    hf_hub_download,
+    scan_cache_dir,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
     CacheNotFound,
@@ -97,7 +105,10 @@ def named(source: Path | str, revision: str | None = None) -> Repository | None:
         return None
     if at and revision is not None:
         raise HubError(f"{source}: names a revision already; leave out --revision")
-    return Repository(name, told or revision or MAIN)
+    meant = told or revision or MAIN
+    if any(part == "" or part.startswith(".") for part in meant.split("/")):
+        raise HubError(f"{source}: no branch, tag or commit can be called {quoted(meant)}")
+    return Repository(name, meant)
 
 
 def locate(
@@ -124,14 +135,14 @@ def locate(
     repo = repository.name
     with _conversation(repo, repository.revision):
         folder = Path(snapshot_download(repo, revision=repository.revision, allow_patterns=[*_BESIDE]))
+        _check_hashes(repo, folder, *_BESIDE)
         weights = _weights(repo, folder)
         missing = sum(file.size for file in weights if not (folder / file.path).exists())
         consider(Offer(folder, missing))
         if weights:
             _check_space(repo, missing)
-            names = [glob.escape(file.path) for file in weights]
-            snapshot_download(repo, revision=folder.name, allow_patterns=[*_BESIDE, *names])
-            for file in weights:
+            for file in weights:  # one by one: threads of the library's would go on after Ctrl-C
+                hf_hub_download(repo, file.path, revision=folder.name)
                 _check_hash(repo, folder / file.path)
     return Located(folder, repo, folder.name)
 
@@ -152,6 +163,7 @@ def tokenizer_files(source: Path | str) -> Path:
             folder = Path(fetch(local_files_only=True))
         except LocalEntryNotFoundError:
             folder = Path(fetch())
+        _check_hashes(repo, folder, *_TOKENIZER)
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise HubError(f"{repository}: has no tokenizer ({' or '.join(TOKENIZER_FILES)})")
     return folder
@@ -160,11 +172,7 @@ def tokenizer_files(source: Path | str) -> Path:
 def downloads() -> dict[str, int]:
     """The bytes that the Hub's cache on this machine holds of each repository."""
     try:
-        return {
-            repo.repo_id: repo.size_on_disk
-            for repo in scan_cache_dir(cache_folder()).repos
-            if repo.repo_type == "model"
-        }
+        return {repo.repo_id: repo.size_on_disk for repo in _cached().repos if repo.repo_type == "model"}
     except CacheNotFound:
         return {}
 
@@ -172,13 +180,22 @@ def downloads() -> dict[str, int]:
 def forget(repo: str) -> int:
     """Delete what the Hub's cache holds of a repository; returns its size in bytes."""
     try:
-        cache = scan_cache_dir(cache_folder())
+        cache = _cached()
     except CacheNotFound:
         return 0
-    found = [revision for one in cache.repos if one.repo_id == repo for revision in one.revisions]
+    # A data set may have the same name.
+    ours = [one for one in cache.repos if one.repo_id == repo and one.repo_type == "model"]
+    found = [revision for one in ours for revision in one.revisions]
     strategy = cache.delete_revisions(*(revision.commit_hash for revision in found))
     strategy.execute()
     return strategy.expected_freed_size
+
+
+def _cached() -> HFCacheInfo:
+    try:
+        return scan_cache_dir(cache_folder())
+    except ValueError as error:  # it is a file
+        raise HubError(quoted(str(error))) from None
 
 
 def cache_folder() -> Path:
@@ -216,6 +233,12 @@ def _check_space(repo: str, nbytes: int) -> None:
         )
 
 
+def _check_hashes(repo: str, folder: Path, *patterns: str) -> None:
+    """Compare small files, which may have been damaged in the cache."""
+    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+        _check_hash(repo, file)
+
+
 def _check_hash(repo: str, path: Path) -> None:
     """Compare a file with the hash that the Hub has of it. A wrong one is deleted, so that it is downloaded again.
 
@@ -232,7 +255,9 @@ def _check_hash(repo: str, path: Path) -> None:
     if digest.hexdigest() != stored.name:
         stored.unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-        raise HubError(f"{repo}: {path.name} was damaged on its way (its hash is not the Hub's): start again")
+        raise HubError(
+            f"{repo}: {path.name} was damaged on its way or in the cache (its hash is not the Hub's): start again"
+        )
 
 
 def check_upload(repo: str) -> None:

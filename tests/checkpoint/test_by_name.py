@@ -453,3 +453,65 @@ class TestCache:
 
 def test_human():
     assert [by_name.human(n) for n in (1, 442_000_000, 7_850_000_000)] == ["0.0 MB", "442.0 MB", "7.85 GB"]
+
+
+@pytest.mark.slow
+class TestDamage:
+    """What is not whole, or means something else, is found out and mended."""
+
+    @pytest.fixture(autouse=True)
+    def cached(self, hub, layouts):
+        hub.add(REPO, layouts["code beside shards"])
+        self.expected = generate(REPO)
+        (self.copy,) = (entry.path for entry in homes()[0].entries())
+
+    @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+    def test_a_copy_that_lacks_a_file_is_made_again(self, missing):
+        (self.copy / missing).unlink()
+        assert generate(REPO) == self.expected
+
+    def test_a_file_in_its_place(self):
+        shutil.rmtree(self.copy)
+        self.copy.write_text("")
+        assert generate(REPO) == self.expected
+
+    @pytest.mark.parametrize("name", ["", "main", "../.."])
+    def test_a_branch_that_means_nothing(self, name):
+        (self.copy.parent / "revisions" / "main").write_text(name)
+        assert generate(REPO) == self.expected
+
+    def test_a_small_file_of_the_download(self):
+        assert run("cache", "remove", REPO).exit_code == 0
+        (blob,) = hub.cache_folder().rglob("snapshots/*/config.json")
+        stored = Path(os.path.realpath(blob))
+        stored.write_bytes(stored.read_bytes()[:100])
+        assert_refused(r"config\.json was damaged on its way or in the cache .*: start again", REPO)
+        assert generate(REPO) == self.expected
+
+    @pytest.mark.parametrize("revision", [".main", "..", ".", "a/../main", "a//b"])
+    def test_no_revision_is_called_that(self, revision):
+        result = run("generate", "-p", TEXT, "--model", f"{REPO}@{revision}")
+        assert result.exit_code == 2 and "no branch, tag or commit can be called" in result.stderr
+
+    def test_a_data_set_of_the_same_name_stays(self):
+        blob = hub.cache_folder() / f"datasets--{REPO.replace('/', '--')}" / "blobs" / "1"
+        snapshot = blob.parents[1] / "snapshots" / ("0" * 40)
+        for folder in (blob.parent, snapshot, blob.parents[1] / "refs"):
+            folder.mkdir(parents=True)
+        blob.write_text("data")
+        (snapshot / "data").symlink_to(blob)
+        (blob.parents[1] / "refs" / "main").write_text("0" * 40)
+        assert run("cache", "remove", "--download", REPO).exit_code == 0
+        assert blob.read_text() == "data" and not list(hub.cache_folder().glob("models--some-org*/blobs/*"))
+
+    def test_the_cache_of_the_hub_is_a_file(self, tmp_path, monkeypatch):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+        result = run("cache", "list")
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1, result.output
+
+    def test_what_a_killed_removal_left_goes(self):
+        grave = cache_root() / ".removed-zz"
+        (grave / "folder").mkdir(parents=True)
+        assert run("cache", "remove", REPO).exit_code == 0
+        assert not grave.exists()
