@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1000, help="of decode, over which memory is watched")
     given = parser.parse_args()
 
-    import mlx.core as mx
     import numpy as np
 
-    from mlx_ttt.export.coreai import require_coreai
+    from mlx_ttt.export.coreai import require_coreai  # before MLX, so that OpenBLAS is found
     from mlx_ttt.loading import bundled_model, load_model
+
+    import mlx.core as mx  # isort: skip
 
     require_coreai()
     from mlx_ttt.export.coreai.program import build, save
